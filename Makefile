@@ -1,0 +1,30 @@
+# `make train` and `make test` do everything, set-up included.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Processes: one a GPU, or 4 on a CPU, which makes a 2 x 2 mesh.
+NPROC ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 4)")
+# torchrun would set this too, with a warning; train.py gives each process its share of the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test lint
+
+train: .venv/run
+	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
+	$(BIN)/python generate.py runs/quickstart --prompt "def " --max-new-tokens 120 --seed 1
+
+test: .venv/dev
+	$(BIN)/python -m pytest tests
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,442 @@
+"""Documents in, micro-batches out.
+
+The contract (laws 3 and 8 of this project):
+
+- A document becomes `[BOS] tokens [EOS]`. Every token but BOS is a target exactly once an epoch, apart from the last
+  incomplete global batch. Nothing is truncated: a long document becomes several rows.
+- A row is seq_len inputs and, shifted by one, seq_len targets. Consecutive rows of a document (layout "pad") or of the
+  stream of all documents (layout "pack") overlap by one token, so that no target falls between two rows. What is left
+  of a row is padding on the right, whose targets are -100.
+- Which rows make up the global batch of a step is a function of (seed, step) alone. How many ranks there are only
+  decides how those rows are dealt out: TP peers get the same ones, DP ranks different ones.
+
+The way of the data: source -> tokenizer -> one memory-mapped stream of tokens, made once per (documents, tokenizer) in
+the cache of `datasets` -> `Rows`, which is arithmetic on document boundaries -> batches of row numbers -> loader.
+
+Shapes: B rows of a micro-batch, T = seq_len.
+"""
+
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from model import IGNORE_INDEX
+
+if TYPE_CHECKING:  # importing it takes a second: only where it is used
+    import datasets
+
+BOS_TOKENS = ["<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|bos|>"]
+EOS_TOKENS = ["<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|eos|>"]
+PAD_TOKENS = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>"]
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+STREAM_VERSION = 1  # part of the cache key: raise it when the stored form changes
+
+
+@dataclass
+class DataConfig:
+    """Where the text comes from and how it becomes rows."""
+
+    dataset: Annotated[
+        str, 'documents: "stdlib" (Python\'s own), a Hub id, or a path to .txt (a document a line), .jsonl or .parquet'
+    ] = "stdlib"
+    subset: Annotated[str, "the Hub's name of a part of the dataset"] = ""
+    split: Annotated[str, "the Hub's name of a split"] = "train"
+    text_column: Annotated[str, "the column that holds a document's text"] = "text"
+    tokenizer: Annotated[str, '"train" = byte-level BPE on the documents; a path to tokenizer.json; a Hub id'] = "train"
+    tokenizer_vocab_size: Annotated[int, "size of a trained tokenizer"] = 4096
+    tokenizer_train_mib: Annotated[int, "train the tokenizer on this much text, from the first document on (MiB)"] = 64
+    bos_token: Annotated[str, f'"" = the first of {" ".join(BOS_TOKENS)} that the tokenizer has'] = ""
+    eos_token: Annotated[str, f'"" = the first of {" ".join(EOS_TOKENS)} that the tokenizer has'] = ""
+    seq_len: Annotated[int, "inputs and targets in a row"] = 256
+    layout: Annotated[Literal["pad", "pack"], "rows of one document, padded; or documents end to end, cut"] = "pad"
+    val_fraction: Annotated[float, "share of the documents held out for validation; 0 = no validation"] = 0.01
+    num_workers: Annotated[int, "loader processes a rank; 0 = load in the training process"] = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Source
+
+
+def stdlib_documents() -> tuple[list[str], int]:
+    """Every .py file of the running interpreter's standard library in sorted order, and how many were not UTF-8."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped_folders = {"site-packages", "dist-packages", "test"}
+    texts, unreadable = [], 0
+    for path in sorted(root.rglob("*.py")):
+        if skipped_folders.isdisjoint(path.relative_to(root).parts):
+            try:
+                texts.append(path.read_bytes().decode("utf-8"))
+            except UnicodeDecodeError:
+                unreadable += 1
+    return texts, unreadable
+
+
+def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["datasets.Dataset", str]:
+    """The documents and a string that identifies them. Raises ValueError for what a user can get wrong."""
+    import datasets
+
+    datasets.disable_progress_bars()  # one bar of our own instead
+    if config.dataset == "stdlib":
+        texts, not_utf8 = stdlib_documents()
+        if not_utf8 and show_skipped:
+            print(f"stdlib: skipped {not_utf8} files that are not UTF-8", file=sys.stderr)
+        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        return datasets.Dataset.from_dict({"text": texts}), digest
+    path = Path(config.dataset)
+    suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
+    try:
+        if suffix in BUILDERS:
+            if not path.exists() and not any(c in config.dataset for c in "*?["):
+                raise ValueError(f"data.dataset={config.dataset}: no such file")
+            documents = datasets.load_dataset(BUILDERS[suffix], data_files=config.dataset, split="train")
+        else:
+            documents = datasets.load_dataset(config.dataset, config.subset or None, split=config.split)
+    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError, OSError) as error:
+        raise ValueError(
+            f"data.dataset={config.dataset!r} cannot be loaded: {str(error) or type(error).__name__}\n"
+            f'it must be "stdlib", a path to {", ".join(BUILDERS)}, or the id of a dataset on the Hub'
+        ) from error
+    if suffix == ".txt":  # empty lines separate documents, they are none
+        filled = documents.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
+        return filled, documents._fingerprint
+    if config.text_column not in documents.column_names:
+        raise ValueError(
+            f"data.text_column={config.text_column!r} is not a column of {config.dataset}: "
+            f"it has {', '.join(documents.column_names)}"
+        )
+    dtype = getattr(documents.features[config.text_column], "dtype", "nested")
+    if dtype not in ("string", "large_string") and len(documents) > 0:
+        raise ValueError(f"data.text_column={config.text_column!r} holds {dtype}, not text: name a column of strings")
+    if config.text_column != "text":
+        documents = documents.select_columns(config.text_column).rename_column(config.text_column, "text")
+    return documents.select_columns("text"), f"{documents._fingerprint}/{config.text_column}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def cache_folder() -> Path:
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def cache_key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, train_mib: int) -> Tokenizer:
+    """Byte-level BPE (arXiv:1508.07909, on bytes as in GPT-2) with a BOS and an EOS token."""
+
+    def until_enough() -> Iterator[str]:
+        left = train_mib * 2**20
+        for text in texts:
+            if left <= 0:
+                return
+            if text:
+                left -= len(text)
+                yield text
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS_TOKENS[0], EOS_TOKENS[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(until_enough(), trainer)
+    return tokenizer
+
+
+def load_tokenizer(config: DataConfig) -> Tokenizer:
+    """Train (once per documents and size, then from the cache), read, or download. Raises ValueError."""
+    if config.tokenizer == "train":
+        documents, identity = load_documents(config)
+        key = cache_key("tokenizer", identity, config.tokenizer_vocab_size, config.tokenizer_train_mib)
+        path = cache_folder() / f"tokenizer-{key}.json"
+        if not path.exists():
+            texts = (row["text"] for row in documents)
+            tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size, config.tokenizer_train_mib)
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            tokenizer.save(str(unfinished))
+            unfinished.replace(path)
+        return Tokenizer.from_file(str(path))
+    is_file = config.tokenizer.endswith(".json") or Path(config.tokenizer).exists()
+    try:
+        return Tokenizer.from_file(config.tokenizer) if is_file else Tokenizer.from_pretrained(config.tokenizer)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r} cannot be loaded: {error}\n"
+            'it must be "train", a path to a tokenizer.json, or the id of a model on the Hub that has one'
+        ) from error
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids. `pad` is only ever an input behind EOS, with target -100, so its value does not matter."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+def special_tokens(tokenizer: Tokenizer, config: DataConfig) -> SpecialTokens:
+    """The configured tokens, or the first known ones; a tokenizer with only one of the two uses it for both."""
+
+    def find(key: str, name: str, known: list[str]) -> int | None:
+        if name and tokenizer.token_to_id(name) is None:
+            raise ValueError(f"data.{key}={name!r} is not in the tokenizer: name a token that it has")
+        return next((i for i in map(tokenizer.token_to_id, [name] if name else known) if i is not None), None)
+
+    bos = find("bos_token", config.bos_token, BOS_TOKENS)
+    eos = find("eos_token", config.eos_token, EOS_TOKENS)
+    if bos is None and eos is None:
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r} has none of {' '.join(BOS_TOKENS + EOS_TOKENS)}: "
+            "name its tokens with data.bos_token and data.eos_token"
+        )
+    bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
+    pad = find("pad_token", "", PAD_TOKENS)
+    return SpecialTokens(bos, eos, eos if pad is None else pad)
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Largest id + 1: ids may have gaps, so the number of tokens is not enough."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def encode_documents(texts: list[str | None], tokenizer: Tokenizer, special: SpecialTokens) -> dict[str, list]:
+    """`[BOS] tokens [EOS]` of each text, and its bytes. Null texts are left out; an empty one is `[BOS] [EOS]`.
+
+    The tokenizer's own rules about special tokens are switched off: BOS and EOS come from here, each once, and
+    "<|begin_of_text|>" written out in a document is text.
+    """
+    texts = [text for text in texts if text is not None]
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+    return {
+        "input_ids": [[special.bos, *encoding.ids, special.eos] for encoding in encodings],
+        "num_bytes": [len(text.encode()) for text in texts],
+    }
+
+
+def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> Path:
+    """Encode every document, once per (documents, tokenizer) on a machine; returns the Arrow file that holds them.
+
+    The first rank of each node calls this, the others map the file. Raises ValueError.
+    """
+    from datasets import Features, List, Value
+    from tqdm import tqdm
+
+    special = special_tokens(tokenizer, config)
+    documents, identity = load_documents(config, show_skipped=show_progress)
+    if len(documents) == 0:
+        raise ValueError(f"data.dataset={config.dataset} holds no documents: name a dataset that does")
+    key = cache_key(STREAM_VERSION, identity, tokenizer.to_str(), special.bos, special.eos)
+    path = cache_folder() / f"tokens-{key}.arrow"
+    if path.exists():
+        return path
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    bar = tqdm(total=len(documents), desc="tokenize", unit=" documents", leave=False, disable=not show_progress)
+
+    def encode(texts: list[str | None]) -> dict[str, list]:
+        bar.update(len(texts))
+        return encode_documents(texts, tokenizer, special)
+
+    with bar:
+        documents.map(  # writes under a temporary name and renames, so a kill leaves nothing half-done
+            encode,
+            batched=True,
+            batch_size=100,
+            input_columns="text",
+            remove_columns=documents.column_names,
+            features=Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")}),
+            cache_file_name=str(path),
+            load_from_cache_file=False,
+            new_fingerprint=path.stem,
+        )
+    return path
+
+
+class TokenStream:
+    """All documents of one Arrow file end to end, memory-mapped: random access costs no more than the tokens read."""
+
+    def __init__(self, path: Path):
+        from datasets import Dataset as ArrowDataset
+
+        self.path = path
+        table = ArrowDataset.from_file(str(path)).data
+        chunks = table.column("input_ids").chunks
+        self.values = [chunk.flatten().to_numpy() for chunk in chunks]
+        self.starts = np.cumsum([0] + [len(values) for values in self.values])
+        # token i of document d is token document_starts[d] + i of the stream
+        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
+        self.document_starts = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        self.document_bytes = table.column("num_bytes").to_numpy()
+
+    def __reduce__(self):  # a loader worker maps the file again instead of receiving a copy of it
+        return TokenStream, (self.path,)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32."""
+        pieces = []
+        while start < stop:
+            chunk = np.searchsorted(self.starts, start, side="right") - 1
+            end = min(stop, self.starts[chunk + 1])
+            pieces.append(self.values[chunk][start - self.starts[chunk] : end - self.starts[chunk]])
+            start = end
+        return np.concatenate(pieces)
+
+    def fingerprint(self) -> str:
+        """Changes when a document is added, lost, moved or tokenised to another length."""
+        return hashlib.sha256(self.document_starts.tobytes()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Rows(Dataset):
+    """Chosen documents of a stream, cut into rows; nothing is stored but document boundaries (24 bytes a document).
+
+    `rows[[i, j, ...]]` through `__getitems__` gives (input_ids, targets), both (B, T) int64. Row -1 is all padding:
+    it fills the last batch of an evaluation.
+    """
+
+    def __init__(self, stream: TokenStream, documents: np.ndarray, seq_len: int, layout: str, pad: int):
+        self.stream, self.seq_len, self.pad = stream, seq_len, pad
+        self.sources = stream.document_starts[documents]
+        lengths = stream.document_starts[documents + 1] - self.sources
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])  # of the chosen documents, laid end to end
+        # rows never cross the border of a piece: a document when padding, everything when packing
+        self.pieces = self.starts if layout == "pad" else self.starts[[0, -1]]
+        self.first_rows = np.concatenate([[0], np.cumsum(-(-(np.diff(self.pieces) - 1) // seq_len))])
+        self.num_bytes = int(stream.document_bytes[documents].sum())
+        self.num_targets = int(lengths.sum()) - len(documents)  # every token but BOS
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """At most seq_len + 1 tokens, and which of them start a document."""
+        piece = np.searchsorted(self.first_rows, index, side="right") - 1
+        start = self.pieces[piece] + (index - self.first_rows[piece]) * self.seq_len
+        stop = min(start + self.seq_len + 1, self.pieces[piece + 1])
+        first = np.searchsorted(self.starts, start, side="right") - 1
+        last = np.searchsorted(self.starts, stop, side="left")
+        tokens, is_bos = [], np.zeros(stop - start, dtype=bool)
+        for document in range(first, last):
+            low, high = max(start, self.starts[document]), min(stop, self.starts[document + 1])
+            shift = self.sources[document] - self.starts[document]
+            tokens.append(self.stream.read(low + shift, high + shift))
+            is_bos[low - start] = low == self.starts[document]
+        return np.concatenate(tokens), is_bos
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        input_ids = np.full((len(indices), self.seq_len), self.pad, dtype=np.int64)
+        targets = np.full((len(indices), self.seq_len), IGNORE_INDEX, dtype=np.int64)
+        for i, index in enumerate(indices):
+            if index >= 0:
+                tokens, is_bos = self.row(index)
+                input_ids[i, : len(tokens) - 1] = tokens[:-1]
+                targets[i, : len(tokens) - 1] = np.where(is_bos[1:], IGNORE_INDEX, tokens[1:])
+        return torch.from_numpy(input_ids), torch.from_numpy(targets)
+
+
+@dataclass
+class Corpus:
+    """What training needs to know of the data."""
+
+    special: SpecialTokens
+    train: Rows
+    validation: Rows | None
+    fingerprint: str
+
+
+def load_corpus(config: DataConfig, tokenizer: Tokenizer, path: Path) -> Corpus:
+    """Map what `tokenize` wrote and cut it into rows. Raises ValueError.
+
+    The validation documents are a function of (their number, val_fraction) alone: not of the seed, so runs compare.
+    """
+    special = special_tokens(tokenizer, config)
+    stream = TokenStream(path)
+    count = len(stream.document_starts) - 1
+    held_out = round(count * config.val_fraction)
+    if config.val_fraction > 0 and not 0 < held_out < count:
+        raise ValueError(
+            f"data.val_fraction={config.val_fraction} of {count} documents holds out {held_out} and leaves "
+            f"{count - held_out} for training: both need at least one, or set it to 0"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
+    train, validation = (
+        Rows(stream, np.sort(documents), config.seq_len, config.layout, special.pad)
+        for documents in (order[held_out:], order[:held_out])
+    )
+    return Corpus(special, train, validation if held_out else None, stream.fingerprint())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order: which rows a step trains on, and who gets which of them
+
+
+@lru_cache(maxsize=1)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of all rows (8 bytes a row), a function of its arguments alone."""
+    mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
+    return torch.randperm(num_rows, generator=generator)
+
+
+def rows_of_step(step: int, num_rows: int, global_batch_size: int, seed: int) -> Tensor:
+    """Rows (global_batch_size,) of a step, counted from 1; an epoch drops its last incomplete global batch."""
+    epoch, batch = divmod(step - 1, num_rows // global_batch_size)
+    return epoch_order(num_rows, seed, epoch)[batch * global_batch_size : (batch + 1) * global_batch_size]
+
+
+def deal(rows: Tensor, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
+    """This dp rank's micro-batches of a global batch; the last ones may hold -1, the row that is all padding."""
+    missing = -len(rows) % (micro_batch_size * dp_size)
+    rows = torch.cat((rows, rows.new_full((missing,), -1)))
+    return rows.view(-1, dp_size, micro_batch_size)[:, dp_rank].tolist()
+
+
+def make_loader(rows: Rows, micro_batches: Iterable[list[int]], num_workers: int, device: torch.device) -> DataLoader:
+    """Batches (input_ids, targets) in the given order, prepared ahead by worker processes if there are any.
+
+    Workers are spawned, not forked: by now this process has threads, which a fork would leave behind with their locks.
+    """
+    return DataLoader(
+        rows,
+        batch_sampler=micro_batches,
+        num_workers=num_workers,
+        collate_fn=as_it_is,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="spawn" if num_workers else None,
+    )
+
+
+def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`Rows.__getitems__` makes whole batches already; a lambda could not be sent to a spawned worker."""
+    return batch

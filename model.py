@@ -1,0 +1,196 @@
+"""A Llama decoder in plain PyTorch: GQA, RoPE, RMSNorm, SwiGLU. Nothing here knows that it may run on many ranks.
+
+Parameter names are those of Hugging Face's `LlamaForCausalLM`, and RoPE is the half-split form, so weights move in
+and out with no key map. The head axis of every `view` is -1: under tensor parallelism (parallel.py) q/k/v hold only
+this rank's heads, and the same code runs on them.
+
+Shapes, as seen by one rank (tp = 1 here; parallel.py lists what changes under TP):
+
+    B rows   T sequence   D hidden_size   H query heads   K kv heads   hd head_dim   F intermediate_size   V vocab_size
+
+How a model comes to life (train.py does exactly this):
+
+    1. with torch.device("meta"): model = Llama(config)    shapes only, no memory, whatever the size
+    2. parallel.parallelize(model, ...)                     decides which slice of each parameter this rank keeps
+    3. model.to_empty(device=device)                        allocates those slices; parameters *and buffers* are garbage
+    4. model.init_weights(seed, ...)                        writes every parameter and every buffer
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100  # a target that is no target: padding
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the model, under Hugging Face's names. `configs` and train.py resolve the zeros."""
+
+    vocab_size: Annotated[int, "rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 128"] = 0
+    hidden_size: Annotated[int, "width of the residual stream"] = 256
+    intermediate_size: Annotated[int, "width of the feed-forward layer"] = 768
+    num_hidden_layers: Annotated[int, "number of decoder blocks"] = 4
+    num_attention_heads: Annotated[int, "query heads"] = 8
+    num_key_value_heads: Annotated[int, "key/value heads; each serves heads / kv heads query heads (GQA)"] = 4
+    head_dim: Annotated[int, "width of one head; 0 = hidden_size / num_attention_heads"] = 0
+    max_position_embeddings: Annotated[int, "positions in the RoPE tables; 0 = data.seq_len"] = 0
+    rope_theta: Annotated[float, "base wavelength of RoPE"] = 10000.0
+    rms_norm_eps: Annotated[float, "added to the mean square inside RMSNorm"] = 1e-5
+    initializer_range: Annotated[float, "standard deviation of the initial weights"] = 0.02
+
+    def __post_init__(self):
+        self.head_dim = self.head_dim or self.hidden_size // max(1, self.num_attention_heads)
+
+
+def rope_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (max_position_embeddings, hd), always float32: in bf16 positions above 256 collide.
+
+    Row t holds the angles t * theta^(-2i/hd), i < hd/2, twice (half-split form). RoFormer, arXiv:2104.09864, eq. 34.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    positions = torch.arange(config.max_position_embeddings, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + hd/2) of x (B, H, T, hd) by the angles of cos and sin (T, hd), in float32."""
+    left, right = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((-right, left), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (arXiv:2305.13245).
+
+    There is no mask tensor: a right-padded row under causal attention never lets a real token see a pad token.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = (x.size(0), x.size(1), -1, self.head_dim)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, hd)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, hd)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). arXiv:2002.05202."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, F) inside
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. Build it on the meta device, then `to_empty` and `init_weights` (see the top of this file)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(  # a name space: it gives the parameters Hugging Face's names
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config, self.lm_head.weight.device)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of input_ids (B, T); with targets (B, T), the *sum* of the float32 loss over real targets.
+
+        A sum, not a mean: whoever calls knows how many targets the whole global batch has, this rank does not.
+        """
+        cos, sin = self.rope_cos[: input_ids.size(1)], self.rope_sin[: input_ids.size(1)]
+        x = self.model.embed_tokens(input_ids)  # (B, T, D)
+        for block in self.model.layers:
+            x = block(x, cos, sin)
+        logits = self.lm_head(self.model.norm(x))  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Write every parameter and buffer as a function of (seed, parameter name) alone, on any mesh.
+
+        Each full parameter is drawn from a generator of its own, on its device, one at a time; `place(parameter, full)`
+        then keeps what this rank owns. Normal with `initializer_range`, norms at one, and the two projections that
+        write into the residual stream scaled by 1/sqrt(2 * layers), so that its variance does not grow with depth
+        (GPT-2, section 2.3).
+        """
+        for name, parameter in self.named_parameters():
+            full = torch.ones(parameter.shape, device=parameter.device)
+            if parameter.ndim > 1:
+                std = self.config.initializer_range
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * self.config.num_hidden_layers)
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+                full.normal_(0.0, std, generator=generator)
+            place(parameter, full)
+        cos, sin = rope_tables(self.config, self.rope_cos.device)
+        self.rope_cos.copy_(cos)
+        self.rope_sin.copy_(sin)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters, embedding and head included."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Llama(config).parameters())
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Model FLOPs of forward and backward for one token, 6 N + 12 L H hd T (PaLM, arXiv:2204.02311, appendix B).
+
+    N leaves out the embedding table, which is looked up, not multiplied. Recomputed activations do not count, and
+    attention counts in full although the causal mask halves it: both as in the paper, so that MFU compares.
+    """
+    multiplied = parameter_count(config) - config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6 * multiplied + 12 * attention

@@ -1,0 +1,78 @@
+"""Several gloo processes on one CPU: started once a session, each test case gets a fresh process group in them."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+MOST_RANKS = 4
+
+
+def serve(rank: int, pipe: Any) -> None:
+    """One rank: run the functions that come through the pipe, each inside a process group of its own."""
+    torch.set_num_threads(1)
+    while (task := pipe.recv()) is not None:
+        function, world, store, arguments = task
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+        try:
+            dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+            result = function(*arguments)
+            dist.barrier()
+            dist.destroy_process_group()
+            pipe.send((True, result))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+            return
+
+
+class Ranks:
+    """`ranks(4, function, *arguments)`: what `function` returns on each of 4 ranks. It is sent by name."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.start()
+
+    def start(self) -> None:
+        context = mp.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(MOST_RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def __call__(self, world: int, function: Callable, *arguments: Any, timeout: float = 300) -> list:
+        self.count += 1
+        store = str(self.folder / f"store{self.count}")
+        for pipe in self.pipes[:world]:
+            pipe.send((function, world, store, arguments))
+        results, failed = [], None
+        for rank, pipe in enumerate(self.pipes[:world]):
+            done, result = pipe.recv() if pipe.poll(5 if failed else timeout) else (False, "no answer")
+            results.append(result)
+            failed = failed or (None if done else f"rank {rank}: {result}")
+        if failed:  # the others may wait for the failed one: start over with fresh processes
+            self.stop()
+            self.start()
+            pytest.fail(failed, pytrace=False)
+        return results
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()

@@ -1,0 +1,340 @@
+"""Pretrain a Llama with tensor parallelism x FSDP2.
+
+    python train.py                                                        one process: a CPU, or one GPU
+    torchrun --standalone --nproc_per_node=4 train.py --parallel.tp=2      2 x 2 mesh on one node
+    torchrun --nproc_per_node=8 train.py configs/llama3_8b.toml            8 GPUs; two nodes: see README.md
+
+Arguments: [CONFIG.toml] [--section.key=value ...]; `--help` lists every key. Running the same command again resumes.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+import checkpoint
+import configs
+import data
+import parallel
+from configs import Config, OptimConfig
+from model import IGNORE_INDEX, Llama, flops_per_token, parameter_count
+
+# Dense bf16 FLOP/s of one GPU, from the vendors' datasheets. MFU is measured against this, whatever the dtype.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
+    """Of optimizer step `step`, counted from 1: linear warm-up, then cosine to min_lr_ratio * lr at the last step."""
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    floor = optim.min_lr_ratio * optim.lr
+    return floor + (optim.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: Llama, optim: OptimConfig) -> torch.optim.AdamW:
+    """Weight decay on matrices only, not on norms."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
+    """The tokenizer as JSON, from rank 0; and the corpus, tokenised by the first rank of each node."""
+    rank, tokenizer_json, path = dist.get_rank(), None, None
+    with parallel.errors_stop_all_ranks():
+        if rank == 0:
+            recorded = run_dir / "tokenizer.json"  # trained before for this very run
+            reuse = config.data.tokenizer == "train" and recorded.exists()
+            tokenizer_json = recorded.read_text() if reuse else data.load_tokenizer(config.data).to_str()
+    tokenizer_json = parallel.from_rank_0(tokenizer_json)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    with parallel.errors_stop_all_ranks():
+        if parallel.local_rank() == 0:
+            path = data.tokenize(config.data, tokenizer, show_progress=rank == 0)
+    path = parallel.gather(path)[rank - parallel.local_rank()]
+    with parallel.errors_stop_all_ranks():
+        corpus = data.load_corpus(config.data, tokenizer, path)
+    fingerprints = parallel.gather(corpus.fingerprint)
+    with parallel.errors_stop_all_ranks():
+        if len(set(fingerprints)) > 1:
+            raise ValueError(f"data.dataset={config.data.dataset} is not the same on all nodes: copy it from one")
+        resolve_with_data(config, data.vocabulary_size(tokenizer), len(corpus.train))
+    return tokenizer_json, corpus
+
+
+def resolve_with_data(config: Config, vocabulary: int, num_rows: int) -> None:
+    """Settle vocab_size and steps, and check what could not be checked before. Raises ValueError."""
+    model, train = config.model, config.train
+    enough = math.ceil(vocabulary / 128) * 128
+    model.vocab_size = model.vocab_size or enough
+    if vocabulary > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocabulary} tokens: "
+            f"raise it to {enough}, or set it to 0 (the tokenizer's)"
+        )
+    steps_per_epoch = num_rows // train.global_batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"data.dataset={config.data.dataset} has {num_rows} training rows, fewer than "
+            f"train.global_batch_size={train.global_batch_size}: lower it or add documents"
+        )
+    train.steps = train.steps or train.epochs * steps_per_epoch
+    if config.optim.warmup_steps > train.steps:
+        raise ValueError(configs.warmup_error(config.optim.warmup_steps, train.steps))
+
+
+def micro_batches(config: Config, num_rows: int, mesh: DeviceMesh, first_step: int) -> Iterator[list[int]]:
+    """Row numbers of this rank's micro-batches, from first_step to the end of the run."""
+    for step in range(first_step, config.train.steps + 1):
+        rows = data.rows_of_step(step, num_rows, config.train.global_batch_size, config.train.seed)
+        yield from data.deal(rows, config.train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
+
+
+@torch.no_grad()
+def evaluate(model: Llama, mesh: DeviceMesh, config: Config, rows: data.Rows, device: torch.device) -> dict[str, Any]:
+    """Mean loss per token over the held-out rows, each once, on whatever mesh."""
+    order = data.epoch_order(len(rows), seed=0, epoch=0)
+    order = order[: config.train.eval_batches * config.train.global_batch_size or None]
+    batches = data.deal(order, config.train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
+    loss, tokens = torch.zeros(2, device=device)
+    for input_ids, targets in data.make_loader(rows, batches, 0, device):
+        input_ids, targets = input_ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with parallel.loss_context(mesh):
+            loss += parallel.to_local(model(input_ids, targets))
+        tokens += (targets != IGNORE_INDEX).sum()
+    loss, tokens = parallel.sum_over_dp(mesh, loss, tokens).tolist()
+    # comparable between tokenizers: bits per token x tokens per byte of the held-out text
+    bits_per_byte = loss / tokens / math.log(2) * rows.num_targets / rows.num_bytes
+    return {"val_loss": loss / tokens, "val_bits_per_byte": bits_per_byte, "val_tokens": int(tokens)}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The device's peak; on CPU the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of all ranks together; None where the device is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops * dist.get_world_size() for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def make_tracer(config: Config, run_dir: Path, first_step: int) -> Callable[[int], None]:
+    """To be called before the first step and after each: writes rank 0's Chrome trace of run.profile_steps."""
+    first, last = config.run.profile_steps or (0, 0)
+    if dist.get_rank() != 0 or first < first_step:
+        return lambda step: None
+    profiler = torch.profiler.profile()
+
+    def trace(step: int) -> None:
+        if step == first - 1:
+            profiler.start()
+        if step == min(last, config.train.steps):
+            profiler.stop()
+            profiler.export_chrome_trace(str(run_dir / f"trace_steps_{first}_{last}.json"))
+
+    return trace
+
+
+def start_wandb(config: Config, run_id: str | None) -> Any:
+    """A run of wandb on rank 0, the same one when resuming; None when switched off."""
+    if config.run.wandb == "disabled" or dist.get_rank() != 0:
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.run.wandb_project,
+        dir=config.run.dir,
+        mode=config.run.wandb,
+        id=run_id,
+        resume="allow",
+        config=configs.flatten(config),
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train(config: Config, device: torch.device) -> None:
+    """Everything between the configuration and the end of the process group."""
+    model_config, optim, train, run_dir = config.model, config.optim, config.train, Path(config.run.dir)
+    is_main = dist.get_rank() == 0
+    say = tqdm.write if is_main else lambda text: None
+
+    # What the run directory holds, then the data: whatever is wrong with them is found before anything is written.
+    mesh = parallel.build_mesh(config.parallel, device)
+    identity, resume_from, state = checkpoint.identity(configs.flatten(config)), None, {}
+    with parallel.errors_stop_all_ranks():
+        if is_main:
+            checkpoint.check_writable(run_dir)
+            resume_from = checkpoint.find_resume(run_dir, config.checkpoint.resume)
+            checkpoint.refuse_another_run(resume_from, run_dir, identity)
+    resume_from = parallel.from_rank_0(resume_from)
+    tokenizer_json, corpus = prepare_data(config, run_dir)
+    digests = {"tokenizer": hashlib.sha256(tokenizer_json.encode()).hexdigest()[:32], "data": corpus.fingerprint}
+    identity = checkpoint.identity(configs.flatten(config)) | digests
+    with parallel.errors_stop_all_ranks():
+        if is_main:
+            checkpoint.refuse_another_run(resume_from, run_dir, identity)
+            state = checkpoint.read_state(resume_from) if resume_from else {}
+    state = parallel.from_rank_0(state)
+    first_step = state.get("step", 0) + 1
+    if first_step > train.steps:
+        say(
+            f"{run_dir} is complete at step {first_step - 1}: extend it with --train.steps=N (N > {first_step - 1}), "
+            "or start over with another --run.dir"
+        )
+        return
+    with parallel.errors_stop_all_ranks():
+        if is_main:
+            checkpoint.prepare_run(run_dir, configs.to_toml(config), tokenizer_json, first_step)
+
+    # The model: shapes, then slices, then memory, then values.
+    with torch.device("meta"):
+        model = Llama(model_config)
+    parallel.parallelize(model, mesh, config.parallel)
+    model.to_empty(device=device)
+    model.init_weights(train.seed, parallel.place_shard)
+    optimizer = make_optimizer(model, optim)
+    if resume_from:
+        checkpoint.load(resume_from, model, optimizer)
+        say(f"resumed from {resume_from}")
+        if state["total_steps"] != train.steps:
+            say(f"{train.steps} steps now instead of {state['total_steps']}: the cosine is another one from here on")
+
+    batches = micro_batches(config, len(corpus.train), mesh, first_step)
+    batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
+    _, dp_size = parallel.dp_rank_and_size(mesh)
+    micro_steps = train.global_batch_size // (train.micro_batch_size * dp_size)
+    flops_per_step = train.global_batch_size * config.data.seq_len * flops_per_token(model_config, config.data.seq_len)
+    peak = peak_flops(device)
+    say(
+        f"Llama with {parameter_count(model_config):,} parameters, {config.parallel.param_dtype}, on {device.type}; "
+        f"mesh {' x '.join(f'{name} {mesh[name].size()}' for name in mesh.mesh_dim_names)}\n"
+        f"{len(corpus.train):,} training rows of {config.data.seq_len} tokens; a step takes {train.global_batch_size}, "
+        f"in {micro_steps} micro-steps of {train.micro_batch_size} on {dp_size} data-parallel ranks"
+    )
+    run = start_wandb(config, state.get("wandb_id"))
+    metrics = (run_dir / "metrics.jsonl").open("a") if is_main else None
+    bar = tqdm(total=train.steps, initial=first_step - 1, disable=not is_main, unit="step", dynamic_ncols=True)
+
+    def log(record: dict[str, Any]) -> None:
+        metrics.write(json.dumps(record) + "\n")
+        metrics.flush()
+        if run is not None:
+            run.log(record, step=record["step"])
+
+    trace = make_tracer(config, run_dir, first_step)
+    trace(first_step - 1)
+    tokens_seen = torch.tensor(float(state.get("tokens", 0)), dtype=torch.float64, device=device)
+    logged_step, logged_tokens = first_step - 1, state.get("tokens", 0)
+    interval_start, data_seconds, paused_seconds = time.perf_counter(), 0.0, 0.0
+
+    for step in range(first_step, train.steps + 1):
+        loss, tokens = torch.zeros(2, device=device)
+        for _ in range(micro_steps):
+            waiting = time.perf_counter()
+            input_ids, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))  # (B, T) each
+            data_seconds += time.perf_counter() - waiting
+            with parallel.loss_context(mesh):
+                micro_loss = model(input_ids, targets)  # a sum over tokens, so gradients of micro-steps add up
+                micro_loss.backward()
+            loss += parallel.to_local(micro_loss.detach())
+            tokens += (targets != IGNORE_INDEX).sum()
+
+        # One division by the token count of the whole global batch, and clipping, in one pass over the gradients
+        loss, tokens, square = parallel.sum_over_dp(mesh, loss, tokens, parallel.gradient_square(model, mesh))
+        grad_norm = square.sqrt() / tokens
+        clip = (optim.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if optim.grad_clip > 0 else 1.0
+        parallel.scale_gradients(model, clip / tokens)
+        lr = learning_rate(step, train.steps, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens_seen += tokens
+        trace(step)
+
+        if is_main and due(step, train.log_every, train.steps):
+            total = int(tokens_seen.item())  # waits for the device: nothing else in the loop does
+            seconds = (time.perf_counter() - interval_start - paused_seconds) / (step - logged_step)
+            record = {
+                "step": step,
+                "loss": (loss / tokens).item(),
+                "grad_norm": grad_norm.item(),
+                "lr": lr,
+                "tokens": total,
+                "step_seconds": seconds,
+                "tokens_per_second": (total - logged_tokens) / (step - logged_step) / seconds,
+                "mfu": flops_per_step / seconds / peak if peak else None,
+                "peak_memory_gib": peak_memory_gib(device),
+                "data_seconds": data_seconds / (step - logged_step),
+            }
+            log(record)
+            bar.update(step - logged_step)
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {lr:.1e}, {record['tokens_per_second']:,.0f} tokens/s")
+            logged_step, logged_tokens = step, total
+            interval_start, data_seconds, paused_seconds = time.perf_counter(), 0.0, 0.0
+
+        pause = time.perf_counter()
+        if corpus.validation and due(step, train.eval_every, train.steps):
+            result = evaluate(model, mesh, config, corpus.validation, device)
+            if is_main:
+                log({"step": step, **result})
+                say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
+        if due(step, config.checkpoint.every, train.steps):
+            state = {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
+            state["wandb_id"] = parallel.from_rank_0(run.id if run is not None else None)
+            saved = checkpoint.save(run_dir, step, config.checkpoint.keep, model, optimizer, state)
+        paused_seconds += time.perf_counter() - pause
+
+    bar.close()
+    if is_main:
+        metrics.close()
+    if run is not None:
+        run.finish()
+    say(f"complete at step {train.steps}: checkpoint {saved}, metrics {run_dir}/metrics.jsonl")
+    say(f'sample from it: python generate.py {run_dir} --prompt "def "')
+
+
+def main() -> None:
+    """Exit status 0 when the run is complete, 2 when the user's input is wrong (torchrun makes it 1)."""
+    configs.print_help_if_asked(sys.argv[1:])
+    try:
+        config = configs.load(sys.argv[1:])
+    except configs.ConfigError as error:
+        parallel.stop_all_ranks(str(error))
+    if config.train.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    device = parallel.init_distributed()
+    train(config, device)
+    # gloo aborts a process now and then that ends with tensors of the model still alive: `train` has dropped its own,
+    # collect what hangs in cycles, and leave together
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
