@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tomllib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,4 +182,6 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load weights alone into an unsharded model, without a process group."""
-    dcp.load({"model": model.state_dict()}, checkpoint_id=path)
+    with warnings.catch_warnings():  # that there is no process group is what we want
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({"model": model.state_dict()}, checkpoint_id=path)

@@ -19,8 +19,8 @@ How a model comes to life (train.py does exactly this):
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,13 @@ class ModelConfig:
     num_key_value_heads: Annotated[int, "key/value heads; each serves heads / kv heads query heads (GQA)"] = 4
     head_dim: Annotated[int, "width of one head; 0 = hidden_size / num_attention_heads"] = 0
     max_position_embeddings: Annotated[int, "positions in the RoPE tables; 0 = data.seq_len"] = 0
+    tie_word_embeddings: Annotated[bool, "the head uses the embedding's weight"] = False
     rope_theta: Annotated[float, "base wavelength of RoPE"] = 10000.0
+    rope_scaling: Annotated[
+        dict[str, Any],
+        'Llama 3\'s stretching of RoPE, {rope_type = "llama3", factor, low_freq_factor, high_freq_factor, '
+        "original_max_position_embeddings}; {} = none",
+    ] = field(default_factory=dict)
     rms_norm_eps: Annotated[float, "added to the mean square inside RMSNorm"] = 1e-5
     initializer_range: Annotated[float, "standard deviation of the initial weights"] = 0.02
 
@@ -55,8 +61,16 @@ def rope_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tens
     Row t holds the angles t * theta^(-2i/hd), i < hd/2, twice (half-split form). RoFormer, arXiv:2104.09864, eq. 34.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # (hd/2,)
+    if scaling := config.rope_scaling:
+        # Llama 3.1: waves that fit high_freq_factor times or more into the original context stay, those that fit less
+        # than low_freq_factor times become `factor` times longer, in between it is blended
+        fits = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((fits - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / scaling["factor"])
     positions = torch.arange(config.max_position_embeddings, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -135,9 +149,15 @@ class Llama(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
         cos, sin = rope_tables(config, self.lm_head.weight.device)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter again, if configured: replacing either of them parts the two."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T); with targets (B, T), the *sum* of the float32 loss over real targets.
@@ -164,6 +184,7 @@ class Llama(nn.Module):
         write into the residual stream scaled by 1/sqrt(2 * layers), so that its variance does not grow with depth
         (GPT-2, section 2.3).
         """
+        self.tie_weights()  # `to_empty` gave each its own memory
         for name, parameter in self.named_parameters():
             full = torch.ones(parameter.shape, device=parameter.device)
             if parameter.ndim > 1:
@@ -180,7 +201,7 @@ class Llama(nn.Module):
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters, embedding and head included."""
+    """Number of parameters, embedding and head included; a tied one counts once."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in Llama(config).parameters())
 
@@ -191,6 +212,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     N leaves out the embedding table, which is looked up, not multiplied. Recomputed activations do not count, and
     attention counts in full although the causal mask halves it: both as in the paper, so that MFU compares.
     """
-    multiplied = parameter_count(config) - config.vocab_size * config.hidden_size
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    multiplied = parameter_count(config) - looked_up
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
     return 6 * multiplied + 12 * attention

@@ -288,6 +288,7 @@ def apply_tp(model: Llama, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, top_level_plan(), src_data_rank=None)
     for block in model.model.layers:
         parallelize_module(block, mesh, block_plan(model.config, mesh.size()), src_data_rank=None)
+    model.tie_weights()  # both were cut alike, Shard(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

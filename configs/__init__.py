@@ -97,11 +97,17 @@ def flatten(config: Config) -> dict[str, Any]:
     return {f"{s}.{key}": value for s, section in dataclasses.asdict(config).items() for key, value in section.items()}
 
 
+def toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML: a JSON scalar or array is a TOML one."""
+    """The resolved configuration as TOML, of which a JSON scalar or array is a valid value."""
     sections = dataclasses.asdict(config).items()
     blocks = (
-        f"[{name}]\n" + "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in section.items())
+        f"[{name}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in section.items())
         for name, section in sections
     )
     return "\n".join(blocks)
@@ -119,6 +125,8 @@ def type_name(hint: Any) -> str:
         return " | ".join(f'"{value}"' for value in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
         return " | ".join(map(type_name, get_args(hint)))
+    if get_origin(hint) is dict:
+        return "table"
     if get_origin(hint) in (list, tuple):
         return f"[{', '.join(map(type_name, get_args(hint)))}]"
     return {int: "integer", float: "number", bool: "true | false", str: "string"}[hint]
@@ -141,6 +149,8 @@ def convert(value: Any, hint: Any) -> Any:
         return [convert(item, arguments[0]) for item in value]
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
         return tuple(map(convert, value, arguments))
+    if origin is dict and isinstance(value, dict):
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is hint and not (hint is float and value != value):
@@ -282,6 +292,7 @@ def range_errors(config: Config) -> list[str]:
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide model.num_attention_heads="
             f"{model.num_attention_heads}: use one of {divisors}"
         )
+    errors += rope_scaling_errors(model.rope_scaling)
     if model.head_dim % 2:
         errors.append(f"model.head_dim={model.head_dim} is odd: RoPE rotates pairs, so it must be even")
     if model.max_position_embeddings < data.seq_len:
@@ -307,6 +318,21 @@ def range_errors(config: Config) -> list[str]:
         if len(last) != 1 or not 1 <= first <= last[0]:
             errors.append(f"run.profile_steps={config.run.profile_steps} is not [first, last] with 1 <= first <= last")
     return errors
+
+
+def rope_scaling_errors(scaling: dict[str, Any]) -> list[str]:
+    """Either nothing, or what Llama 3 checkpoints carry."""
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if not scaling:
+        return []
+    whole = set(scaling) == {"rope_type", *numbers} and scaling["rope_type"] == "llama3"
+    positive = whole and all(type(scaling[key]) in (int, float) and scaling[key] > 0 for key in numbers)
+    if positive and scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        return []
+    return [
+        f'model.rope_scaling={toml_value(scaling)} is not Llama 3\'s: it takes rope_type = "llama3" and, above 0, '
+        f"{', '.join(numbers)}, with low_freq_factor < high_freq_factor"
+    ]
 
 
 def warmup_error(warmup_steps: int, steps: int) -> str:

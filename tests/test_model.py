@@ -1,0 +1,171 @@
+"""Law 4 (it is a Llama) and law 5 (nothing is uninitialised), on one process."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import IGNORE_INDEX, Llama, ModelConfig, flops_per_token, parameter_count
+
+SHAPES = {
+    "grouped": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "one kv head": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 48},
+    "a kv head each": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "wide heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32, "hidden_size": 48},
+    "tied": {"tie_word_embeddings": True},
+    "llama 3 rope": {
+        "rope_theta": 500000.0,
+        "head_dim": 32,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "odd sizes": {"vocab_size": 131, "intermediate_size": 77, "rope_theta": 500000.0, "rms_norm_eps": 1e-6},
+}
+
+
+def make_config(**changes) -> ModelConfig:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    return ModelConfig(**{**sizes, "max_position_embeddings": 64, **changes})
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> Llama:
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device="cpu")
+    model.init_weights(seed)
+    return model
+
+
+def reference(model: Llama) -> transformers.LlamaForCausalLM:
+    """Hugging Face's model with the same weights, which need no key map."""
+    c = model.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+    names += ("tie_word_embeddings",)
+    rope = {"rope_type": "default", **c.rope_scaling, "rope_theta": c.rope_theta}
+    config = transformers.LlamaConfig(**{name: getattr(c, name) for name in names}, rope_parameters=rope)
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_and_gradients_equal_transformers(shape):
+    model = make_model(make_config(**shape))
+    with torch.no_grad():  # larger than at the start, so that attention is not almost uniform
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 else 1.3)
+    theirs = reference(model)
+    torch.manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (3, 41))
+    targets = torch.randint(model.config.vocab_size, (3, 41))
+    targets[1, 7:] = IGNORE_INDEX
+
+    logits = theirs(input_ids).logits
+    torch.testing.assert_close(model(input_ids), logits, rtol=1e-5, atol=1e-5)
+
+    theirs_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = model(input_ids, targets)
+    torch.testing.assert_close(loss, theirs_loss, rtol=1e-6, atol=0)
+    loss.backward()
+    theirs_loss.backward()
+    for name, ours in model.named_parameters():
+        other = theirs.get_parameter(name)
+        error = (ours.grad - other.grad).norm() / other.grad.norm()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def test_every_parameter_and_buffer_is_written():
+    with torch.device("meta"):
+        model = Llama(make_config())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(math.nan)
+    model.init_weights(0)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert tensor.isfinite().all(), name
+    assert model(torch.arange(8)[None]).isfinite().all()
+
+
+def test_initial_weights_are_a_function_of_seed_and_name():
+    first, again, other = make_model(make_config()), make_model(make_config()), make_model(make_config(), seed=1)
+    shallow = make_model(make_config(num_hidden_layers=1))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter, other.get_parameter(name))
+            if name in shallow.state_dict() and "o_proj" not in name and "down_proj" not in name:
+                assert torch.equal(parameter, shallow.get_parameter(name))
+    layers = first.model.layers
+    assert not torch.equal(layers[0].mlp.up_proj.weight, layers[1].mlp.up_proj.weight)
+    assert not torch.equal(layers[0].mlp.up_proj.weight, layers[0].mlp.gate_proj.weight)
+
+
+def test_residual_projections_are_scaled_with_depth():
+    model = make_model(make_config(hidden_size=256, intermediate_size=512, num_hidden_layers=8))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            expected = 0.02 / math.sqrt(16) if residual else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name  # > 4 sigma of 32k numbers
+
+
+def test_state_dict_has_exactly_the_parameters():
+    model = make_model(make_config())
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+def test_tied_weights_stay_one_parameter():
+    model = make_model(make_config(tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert parameter_count(model.config) == parameter_count(make_config()) - 128 * 64
+
+
+def test_far_positions_have_angles_of_their_own():
+    """In bf16, positions above 256 would share theirs."""
+    model = make_model(make_config(max_position_embeddings=1024))
+    assert model.rope_cos.dtype == model.rope_sin.dtype == torch.float32
+    angles = torch.cat((model.rope_cos, model.rope_sin), dim=1)
+    assert len(angles.unique(dim=0)) == 1024
+
+
+def test_a_pad_on_the_right_changes_no_real_token():
+    model = make_model(make_config())
+    row = torch.randint(128, (1, 20))
+    padded = torch.cat((row, torch.full((1, 12), 5)), dim=1)
+    torch.testing.assert_close(model(padded)[:, :20], model(row), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "ffn", "heads", "tied", "published"),
+    [
+        (16, 2048, 8192, 32, True, 1_235_814_400),
+        (32, 4096, 14336, 32, False, 8_030_261_248),
+        (80, 8192, 28672, 64, False, 70_553_706_496),
+    ],
+    ids=["1B", "8B", "70B"],
+)
+def test_parameter_count_is_the_published_one(layers, hidden, ffn, heads, tied, published):
+    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn, "tie_word_embeddings": tied}
+    config = ModelConfig(**shape, num_attention_heads=heads, num_key_value_heads=8, vocab_size=128256)
+    assert parameter_count(config) == published
+
+
+def test_flops_per_token_equal_those_that_torch_counts():
+    """Forward and backward; PaLM's formula counts attention without the causal mask's half, and so does torch."""
+    config = make_config(num_key_value_heads=4)
+    model, seq_len = make_model(config), 64
+    tokens = torch.randint(128, (1, seq_len))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused one is not counted
+        model(tokens, tokens).backward()
+    norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)  # in PaLM's N, but no matrix product
+    assert counter.get_total_flops() == seq_len * (flops_per_token(config, seq_len) - 6 * norms)
