@@ -1,6 +1,8 @@
 """Several gloo processes on one CPU: started once a session, each test case gets a fresh process group in them."""
 
+import json
 import os
+import random
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +78,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents from nothing to several rows: most rows are mostly padding."""
+    words, generator = ["def", "return", "x", "(y)", "+", "lambda", "é", "\n    "], random.Random(0)
+    lengths = [0, 1, 1, 2, 3, 5, 8, 120, 300]
+    texts = (" ".join(generator.choices(words, k=generator.choice(lengths))) for _ in range(300))
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path

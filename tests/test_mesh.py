@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import random
 from pathlib import Path
 from unittest import mock
 
@@ -52,17 +51,6 @@ def run_training(arguments: list[str], cache: str) -> None:
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     with mock.patch.object(data, "rows_of_step", rows_with_gaps), contextlib.redirect_stdout(io.StringIO()):
         train.train(configs.load(arguments), torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents from nothing to several rows: most rows are mostly padding."""
-    words, generator = ["def", "return", "x", "(y)", "+", "lambda", "é", "\n    "], random.Random(0)
-    lengths = [0, 1, 1, 2, 3, 5, 8, 120, 300]
-    texts = (" ".join(generator.choices(words, k=generator.choice(lengths))) for _ in range(300))
-    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
 
 
 class Runs:
