@@ -319,7 +319,10 @@ def train(config: Config, device: torch.device) -> None:
 
 def main() -> None:
     """Exit status 0 when the run is complete, 2 when the user's input is wrong (torchrun makes it 1)."""
-    configs.print_help_if_asked(sys.argv[1:])
+    if {"-h", "--help"} & set(sys.argv):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(configs.help_text())
+        return
     try:
         config = configs.load(sys.argv[1:])
     except configs.ConfigError as error:

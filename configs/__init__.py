@@ -9,7 +9,6 @@ command line, and checks everything at once, before any process group, download 
 import dataclasses
 import difflib
 import json
-import sys
 import tomllib
 import types
 from dataclasses import dataclass, field
@@ -363,9 +362,3 @@ def help_text() -> str:
                 default = "0" if name == "model.head_dim" else json.dumps(defaults[name])
                 lines += [f"  --{name}={default}  ({type_name(hint)})", f"        {get_args(hint)[1]}"]
     return "\n".join(lines)
-
-
-def print_help_if_asked(arguments: list[str]) -> None:
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        sys.exit(0)

@@ -1,5 +1,6 @@
 """Several gloo processes on one CPU: started once a session, each test case gets a fresh process group in them."""
 
+import contextlib
 import json
 import os
 import random
@@ -52,9 +53,12 @@ class Ranks:
             self.processes.append(process)
 
     def stop(self) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # it has ended already
+                pipe.send(None)
         for process in self.processes:
+            process.join(timeout=2)
             process.kill()
-            process.join()
 
     def __call__(self, world: int, function: Callable, *arguments: Any, timeout: float = 300) -> list:
         self.count += 1

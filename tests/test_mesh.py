@@ -157,3 +157,36 @@ OTHER_MODELS = [
 def test_other_models_and_layouts_hold_law_1_too(runs, world, overrides):
     alone = {key: value for key, value in overrides.items() if not key.startswith("parallel")}
     assert_same(runs(world, train__micro_batch_size=2, **overrides), runs(1, **alone))
+
+
+@pytest.mark.parametrize(("world", "tp"), [(1, 1), (4, 2)], ids=["one rank", "dp2 x tp2"])
+def test_compiled_blocks_compute_the_same(runs, world, tp):
+    """The compiler fuses and reorders float32 arithmetic: the same tolerance holds."""
+    assert_same(runs(world, parallel__tp=tp, parallel__compile=True, train__micro_batch_size=4), runs(1))
+
+
+LONG = {"train__steps": 50, "train__eval_every": 0}
+
+
+def test_bf16_differs_between_meshes_by_no_more_than_its_noise(runs):
+    """The noise is measured: the spread, on one rank, of runs that only differ in their micro-batch.
+
+    They compute the same sums in another order, as meshes do. Means over the last ten steps, since single losses vary
+    with the rows.
+    """
+
+    def tail(lines: list[dict]) -> float:
+        losses = [line["loss"] for line in lines if "loss" in line]
+        assert len(losses) == 50
+        return sum(losses[-10:]) / 10
+
+    bf16 = {**LONG, "parallel__param_dtype": "bfloat16"}
+    alone = [tail(runs(1, **bf16, train__micro_batch_size=size)[0]) for size in (8, 4, 2, 1)]
+    noise = max(alone) - min(alone)
+    assert noise > 0
+    center = sum(alone) / len(alone)
+    for world, tp in ((2, 2), (2, 1), (4, 2)):
+        loss = tail(runs(world, **bf16, parallel__tp=tp, train__micro_batch_size=2)[0])
+        assert abs(loss - center) < 2 * noise, f"{world=} {tp=}: {loss} against {alone}"
+    float32 = tail(runs(1, **LONG)[0])
+    assert abs(center - float32) < 2e-3 * float32, "bf16 rounds to 8 bits, 4e-3, and most of it averages out"
