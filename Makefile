@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
-	$(BIN)/python generate.py runs/quickstart --prompt "def " --max-new-tokens 120 --temperature 0.7 --top-k 30 --seed 2
+	$(BIN)/python generate.py runs/quickstart --prompt "    def __init__(self" --temperature 0.7 --top-k 30 --seed 3
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests

@@ -166,8 +166,8 @@ def save(
     return final
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights and moments into a model and optimizer on any mesh; returns state.json. Collective.
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights and moments into a model and optimizer on any mesh. Collective.
 
     The optimizer's hyperparameters stay those of the configuration: only its moments come from the checkpoint.
     """
@@ -177,7 +177,6 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=OPTIONS)
     for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(values)
-    return read_state(path)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -95,20 +95,19 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         return datasets.Dataset.from_dict({"text": texts}), digest
     path = Path(config.dataset)
-    suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst") else path.suffix
+    builder = BUILDERS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
     try:
-        if suffix in BUILDERS:
-            if not path.exists() and not any(c in config.dataset for c in "*?["):
-                raise ValueError(f"data.dataset={config.dataset}: no such file")
-            documents = datasets.load_dataset(BUILDERS[suffix], data_files=config.dataset, split="train")
+        if builder:
+            documents = datasets.load_dataset(builder, data_files=config.dataset, split="train")
         else:
             documents = datasets.load_dataset(config.dataset, config.subset or None, split=config.split)
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError, OSError) as error:
+    except Exception as error:  # of many kinds, all about the data; the first cause says most
         raise ValueError(
-            f"data.dataset={config.dataset!r} cannot be loaded: {str(error) or type(error).__name__}\n"
-            f'it must be "stdlib", a path to {", ".join(BUILDERS)}, or the id of a dataset on the Hub'
+            f"data.dataset={config.dataset!r} cannot be loaded: {error.__cause__ or error or type(error).__name__}\n"
+            f'it must be "stdlib", a path to {", ".join(BUILDERS)} with at least one document, or the id of a dataset '
+            "on the Hub, with its data.subset and data.split"
         ) from error
-    if suffix == ".txt":  # empty lines separate documents, they are none
+    if documents.builder_name == "text":  # empty lines separate documents, they are none
         filled = documents.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
         return filled, documents._fingerprint
     if config.text_column not in documents.column_names:
@@ -149,7 +148,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, train_mib: int) -> To
             if left <= 0:
                 return
             if text:
-                left -= len(text)
+                left -= len(text.encode())
                 yield text
 
     tokenizer = Tokenizer(models.BPE())
@@ -240,6 +239,11 @@ def encode_documents(texts: list[str | None], tokenizer: Tokenizer, special: Spe
     }
 
 
+def check_not_empty(config: DataConfig, documents: int) -> None:
+    if documents == 0:
+        raise ValueError(f"data.dataset={config.dataset!r} holds no documents: name a dataset that does")
+
+
 def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> Path:
     """Encode every document, once per (documents, tokenizer) on a machine; returns the Arrow file that holds them.
 
@@ -250,12 +254,12 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = Fal
 
     special = special_tokens(tokenizer, config)
     documents, identity = load_documents(config, show_skipped=show_progress)
-    if len(documents) == 0:
-        raise ValueError(f"data.dataset={config.dataset} holds no documents: name a dataset that does")
+    check_not_empty(config, len(documents))
     key = cache_key(STREAM_VERSION, identity, tokenizer.to_str(), special.bos, special.eos)
     path = cache_folder() / f"tokens-{key}.arrow"
     if path.exists():
         return path
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy without the rules of its own
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -383,6 +387,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, path: Path) -> Corpus:
     special = special_tokens(tokenizer, config)
     stream = TokenStream(path)
     count = len(stream.document_starts) - 1
+    check_not_empty(config, count)  # null texts are none
     held_out = round(count * config.val_fraction)
     if config.val_fraction > 0 and not 0 < held_out < count:
         raise ValueError(

@@ -205,9 +205,10 @@ def mesh_errors(config: ParallelConfig, model: ModelConfig, seq_len: int, world:
     if tp < 1 or replicas < 1:
         return [f"parallel.tp={tp} and parallel.dp_replicate={replicas} must be at least 1"]
     rules = {"the number of processes": world} | divided_by_tp(model, seq_len)
+    shown = {} if model.vocab_size else {"model.vocab_size": "0, which will be a multiple of 128,"}
     works = [n for n in range(1, world + 1) if all(value % n == 0 for value in rules.values())]
     errors = [
-        f"{name}={value or 'a multiple of 128'} is not divisible by parallel.tp={tp}: "
+        f"{name}={shown.get(name, value)} is not divisible by parallel.tp={tp}: "
         f"use tp in {{{', '.join(map(str, works))}}} or a multiple of {tp} for {name}"
         for name, value in rules.items()
         if value % tp != 0

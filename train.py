@@ -7,6 +7,7 @@
 Arguments: [CONFIG.toml] [--section.key=value ...]; `--help` lists every key. Running the same command again resumes.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -137,6 +138,47 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops * dist.get_world_size() for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
 
+class Meter:
+    """What a step costs, as a mean over the steps since the last line; evaluation and checkpoints do not count."""
+
+    def __init__(self, config: Config, device: torch.device, step: int, tokens: int):
+        self.device, self.step, self.tokens, self.peak = device, step, tokens, peak_flops(device)
+        positions = config.train.global_batch_size * config.data.seq_len  # padding is computed like everything else
+        self.flops_per_step = positions * flops_per_token(config.model, config.data.seq_len)
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.data_seconds, self.paused_seconds = time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def loading(self):
+        start = time.perf_counter()
+        yield
+        self.data_seconds += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self.paused_seconds += time.perf_counter() - start
+
+    def line(self, step: int, tokens: int) -> dict[str, Any]:
+        """`tokens` so far, read from the device just now: the steps have really ended."""
+        steps = step - self.step
+        seconds = (time.perf_counter() - self.start - self.paused_seconds) / steps
+        line = {
+            "tokens": tokens,
+            "step_seconds": seconds,
+            "tokens_per_second": (tokens - self.tokens) / steps / seconds,
+            "mfu": self.flops_per_step / seconds / self.peak if self.peak else None,
+            "peak_memory_gib": peak_memory_gib(self.device),
+            "data_seconds": self.data_seconds / steps,
+        }
+        self.step, self.tokens = step, tokens
+        self.restart()
+        return line
+
+
 def make_tracer(config: Config, run_dir: Path, first_step: int) -> Callable[[int], None]:
     """To be called before the first step and after each: writes rank 0's Chrome trace of run.profile_steps."""
     first, last = config.run.profile_steps or (0, 0)
@@ -226,8 +268,6 @@ def train(config: Config, device: torch.device) -> None:
     batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
     _, dp_size = parallel.dp_rank_and_size(mesh)
     micro_steps = train.global_batch_size // (train.micro_batch_size * dp_size)
-    flops_per_step = train.global_batch_size * config.data.seq_len * flops_per_token(model_config, config.data.seq_len)
-    peak = peak_flops(device)
     say(
         f"Llama with {parameter_count(model_config):,} parameters, {config.parallel.param_dtype}, on {device.type}; "
         f"mesh {' x '.join(f'{name} {mesh[name].size()}' for name in mesh.mesh_dim_names)}\n"
@@ -246,16 +286,14 @@ def train(config: Config, device: torch.device) -> None:
 
     trace = make_tracer(config, run_dir, first_step)
     trace(first_step - 1)
-    tokens_seen = torch.tensor(float(state.get("tokens", 0)), dtype=torch.float64, device=device)
-    logged_step, logged_tokens = first_step - 1, state.get("tokens", 0)
-    interval_start, data_seconds, paused_seconds = time.perf_counter(), 0.0, 0.0
+    tokens_seen = torch.tensor(state.get("tokens", 0), dtype=torch.float64, device=device)
+    meter = Meter(config, device, first_step - 1, state.get("tokens", 0))
 
     for step in range(first_step, train.steps + 1):
         loss, tokens = torch.zeros(2, device=device)
         for _ in range(micro_steps):
-            waiting = time.perf_counter()
-            input_ids, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))  # (B, T) each
-            data_seconds += time.perf_counter() - waiting
+            with meter.loading():
+                input_ids, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))  # (B, T)
             with parallel.loss_context(mesh):
                 micro_loss = model(input_ids, targets)  # a sum over tokens, so gradients of micro-steps add up
                 micro_loss.backward()
@@ -276,37 +314,23 @@ def train(config: Config, device: torch.device) -> None:
         trace(step)
 
         if is_main and due(step, train.log_every, train.steps):
-            total = int(tokens_seen.item())  # waits for the device: nothing else in the loop does
-            seconds = (time.perf_counter() - interval_start - paused_seconds) / (step - logged_step)
-            record = {
-                "step": step,
-                "loss": (loss / tokens).item(),
-                "grad_norm": grad_norm.item(),
-                "lr": lr,
-                "tokens": total,
-                "step_seconds": seconds,
-                "tokens_per_second": (total - logged_tokens) / (step - logged_step) / seconds,
-                "mfu": flops_per_step / seconds / peak if peak else None,
-                "peak_memory_gib": peak_memory_gib(device),
-                "data_seconds": data_seconds / (step - logged_step),
-            }
-            log(record)
-            bar.update(step - logged_step)
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {lr:.1e}, {record['tokens_per_second']:,.0f} tokens/s")
-            logged_step, logged_tokens = step, total
-            interval_start, data_seconds, paused_seconds = time.perf_counter(), 0.0, 0.0
-
-        pause = time.perf_counter()
-        if corpus.validation and due(step, train.eval_every, train.steps):
-            result = evaluate(model, mesh, config, corpus.validation, device)
-            if is_main:
-                log({"step": step, **result})
-                say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
-        if due(step, config.checkpoint.every, train.steps):
-            state = {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
-            state["wandb_id"] = parallel.from_rank_0(run.id if run is not None else None)
-            saved = checkpoint.save(run_dir, step, config.checkpoint.keep, model, optimizer, state)
-        paused_seconds += time.perf_counter() - pause
+            mean_loss, norm, total = torch.stack(
+                (loss / tokens, grad_norm, tokens_seen)
+            ).tolist()  # waits for the device
+            speed = meter.line(step, int(total))
+            log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed['tokens_per_second']:,.0f} tokens/s")
+        with meter.paused():
+            if corpus.validation and due(step, train.eval_every, train.steps):
+                result = evaluate(model, mesh, config, corpus.validation, device)
+                if is_main:
+                    log({"step": step, **result})
+                    say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
+            if due(step, config.checkpoint.every, train.steps):
+                state = {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
+                state["wandb_id"] = run.id if run is not None else None
+                saved = checkpoint.save(run_dir, step, config.checkpoint.keep, model, optimizer, state)
 
     bar.close()
     if is_main:

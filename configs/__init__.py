@@ -9,6 +9,7 @@ command line, and checks everything at once, before any process group, download 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def convert(value: Any, hint: Any) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
-    if isinstance(hint, type) and type(value) is hint and not (hint is float and value != value):
+    if isinstance(hint, type) and type(value) is hint and (hint is not float or math.isfinite(value)):
         return value
     raise ValueError
 
