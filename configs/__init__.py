@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import textwrap
 import tomllib
 import types
 from dataclasses import dataclass, field
@@ -195,6 +196,8 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], Path, list[str]]:
         if not isinstance(keys, dict):
             errors.append(f"{path}: {section} stands outside a section: {nearest_key(section)}")
             continue
+        if section not in SECTIONS and not keys:
+            errors.append(f"{path}: there is no section {section}: {nearest_key(section)}")
         values |= {f"{section}.{key}": value for key, value in keys.items()}
     for argument in arguments:
         name, equals, text = argument.removeprefix("--").partition("=")
@@ -326,7 +329,7 @@ def rope_scaling_errors(scaling: dict[str, Any]) -> list[str]:
     if not scaling:
         return []
     whole = set(scaling) == {"rope_type", *numbers} and scaling["rope_type"] == "llama3"
-    positive = whole and all(type(scaling[key]) in (int, float) and scaling[key] > 0 for key in numbers)
+    positive = whole and all(type(scaling[key]) in (int, float) and 0 < scaling[key] < math.inf for key in numbers)
     if positive and scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         return []
     return [
@@ -361,5 +364,6 @@ def help_text() -> str:
         for name, hint in HINTS.items():
             if name.startswith(section + "."):
                 default = "0" if name == "model.head_dim" else json.dumps(defaults[name])
-                lines += [f"  --{name}={default}  ({type_name(hint)})", f"        {get_args(hint)[1]}"]
+                lines.append(f"  --{name}={default}  ({type_name(hint)})")
+                lines += textwrap.wrap(get_args(hint)[1], 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)

@@ -1,0 +1,605 @@
+"""How a configuration is read, checked and resolved; law 7 for what a user can write. No process group, no data."""
+
+import dataclasses
+import json
+import re
+import sys
+import tomllib
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+import torch
+
+import configs
+import train
+from configs import HINTS, SECTIONS, Config, ConfigError, flatten, to_toml, toml_value
+from model import Llama
+
+RECIPES = sorted(Path(configs.__file__).parent.glob("*.toml"))
+LLAMA_3_1 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3_1 |= {"original_max_position_embeddings": 8192}
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Neither torchrun's environment nor this machine's GPUs decide what a test sees."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """`on_ranks(16, 8)`: as if torchrun had started 16 processes, 8 a node."""
+
+    def start(world: int, local_world: int = 0) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world or world))
+
+    return start
+
+
+@pytest.fixture
+def toml(tmp_path):
+    """`toml(text)`: the path of a config file."""
+
+    def write(text: str = "", name: str = "recipe.toml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def value_of(config: Config, name: str):
+    return flatten(config)[name]
+
+
+def errors_of(*arguments: str) -> list[str]:
+    """A line each."""
+    with pytest.raises(ConfigError) as refusal:
+        configs.load(list(arguments))
+    return str(refusal.value).splitlines()
+
+
+def arguments_of(values: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precedence and the command line
+
+
+def test_defaults_then_file_then_command_line(toml):
+    file = toml("[optim]\nlr = 0.5\nbetas = [0.1, 0.2]\n\n[train]\nsteps = 200\n")
+    config = configs.load([file, "--optim.lr=0.25", "--train.seed=3"])
+    assert (config.optim.lr, config.train.seed) == (0.25, 3)
+    assert (config.optim.betas, config.train.steps) == ((0.1, 0.2), 200)
+    assert (config.optim.eps, config.train.log_every) == (configs.OptimConfig().eps, configs.TrainConfig().log_every)
+
+
+def test_overrides_stand_anywhere_and_the_last_one_counts(toml):
+    assert configs.load(["--train.seed=1", toml("[train]\nseed = 9\n"), "--train.seed=2"]).train.seed == 2
+
+
+def test_without_a_file_it_is_quickstart_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert configs.load([]) == configs.load([str(configs.QUICKSTART)])
+    assert configs.load([]).run.dir == "runs/quickstart"
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("train.seed=12", 12),
+        ("train.seed=-1_000", -1000),
+        ("optim.lr=3", 3.0),
+        ("optim.lr=3e-4", 3e-4),
+        ("parallel.compile=true", True),
+        ("parallel.reshard_after_forward=false", False),
+        ("data.layout=pack", "pack"),
+        ('data.layout="pack"', "pack"),
+        ("parallel.tp=1", 1),
+        ("optim.betas=[0.5, 0]", (0.5, 0.0)),
+        ("run.profile_steps=[3, 7]", [3, 7]),
+        ("run.profile_steps=[]", []),
+        (f"model.rope_scaling={toml_value(LLAMA_3_1)}", LLAMA_3_1),
+        # strings need no quotes, whatever they look like
+        ("run.dir=7", "7"),
+        ("run.dir=true", "true"),
+        ("run.dir=[1]", "[1]"),
+        ("run.dir=a b=c # d", "a b=c # d"),
+        ("run.dir='a b'", "a b"),
+        ("run.dir=über/日本", "über/日本"),
+        ("data.bos_token=<|begin_of_text|>", "<|begin_of_text|>"),
+        ("data.eos_token=", ""),
+    ],
+)
+def test_values_on_the_command_line(argument, expected):
+    value = value_of(configs.load([f"--{argument}"]), argument.partition("=")[0])
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_every_key_can_be_set_in_a_file_and_on_the_command_line(toml):
+    """Its own default, written out, changes nothing."""
+    defaults = configs.load([toml()])
+    for name, value in flatten(defaults).items():
+        section, key = name.split(".")
+        text = json.dumps(value)
+        assert configs.load([toml(f"[{section}]\n{key} = {text}\n")]) == defaults, name
+        assert configs.load([toml(), f"--{name}={text}"]) == defaults, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be read
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("model.hiden_size", "model.hidden_size"),
+        ("modle.hidden_size", "model.hidden_size"),
+        ("train.lr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("trian.stepz", "train.steps"),
+        ("model.num_atention_heads", "model.num_attention_heads"),
+        ("parallel.dp", "parallel.tp"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(toml, written, meant):
+    section, _, key = written.rpartition(".")
+    in_file = f"[{section}]\n{key} = 1\n" if section else f"{key} = 1\n"
+    for arguments in ([f"--{written}=1"], [toml(in_file)]):
+        (error,) = errors_of(*arguments)
+        assert written in error
+        assert f"did you mean {meant}?" in error
+
+
+@pytest.mark.parametrize("argument", ["--zebra=1", "--=1", "--zebra.quagga=1"])
+def test_an_unknown_key_that_is_near_nothing_names_the_sections(argument):
+    (error,) = errors_of(argument)
+    assert all(section in error for section in SECTIONS)
+    assert "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "takes"),
+    [
+        ("train.steps", "1e3", "integer"),
+        ("train.steps", "true", "integer"),
+        ("train.steps", "ten", "integer"),
+        ("train.steps", "", "integer"),
+        ("optim.lr", "fast", "number"),
+        ("optim.lr", "nan", "number"),
+        ("optim.lr", "true", "number"),
+        ("parallel.compile", "1", "true | false"),
+        ("parallel.compile", "True", "true | false"),
+        ("parallel.tp", "all", 'integer | "auto"'),
+        ("parallel.tp", "2.0", 'integer | "auto"'),
+        ("data.layout", "packed", '"pad" | "pack"'),
+        ("parallel.param_dtype", "float16", '"float32" | "bfloat16"'),
+        ("run.wandb", "false", '"disabled" | "offline" | "online"'),
+        ("optim.betas", "[0.9]", "[number, number]"),
+        ("optim.betas", "0.9,0.95", "[number, number]"),
+        ("run.profile_steps", "[1.5, 2]", "[integer]"),
+        ("model.rope_scaling", "8.0", "table"),
+    ],
+)
+def test_a_wrong_type_names_value_and_type(name, value, takes):
+    (error,) = errors_of(f"--{name}={value}")
+    assert error.startswith(f"{name}=")
+    assert value in error
+    assert error.endswith(f"it takes {takes}")
+
+
+@pytest.mark.parametrize(
+    ("line", "takes"), [('steps = "3"', "integer"), ("steps = 3.0", "integer"), ("steps = [3]", "")]
+)
+def test_a_file_is_typed(toml, line, takes):
+    (error,) = errors_of(toml(f"[train]\n{line}\n"))
+    assert "train.steps=" in error
+    assert takes in error
+
+
+@pytest.mark.parametrize("name", [name for name, value in flatten(Config()).items() if isinstance(value, float)])
+def test_an_infinite_number_is_refused(name):
+    """config.toml could not say it: resuming would fail to read what the run wrote."""
+    for value in ("inf", "-inf", "1e400"):
+        assert any(error.startswith(f"{name}=") for error in errors_of(f"--{name}={value}"))
+
+
+def test_a_missing_file_names_those_that_are_there(toml, tmp_path):
+    toml(name="there.toml")
+    (error,) = errors_of(str(tmp_path / "their.toml"))
+    assert "their.toml: cannot be read" in error
+    assert "there.toml" in error.partition("name a file")[2]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[train\nsteps = 3", b"[train]\nsteps = ", b"[train]\nseed = 1\nseed = 2", b"\xff\xfe"]
+)
+def test_a_file_that_is_no_toml_is_named(tmp_path, content):
+    (tmp_path / "broken.toml").write_bytes(content)
+    (error,) = errors_of(str(tmp_path / "broken.toml"))
+    assert "broken.toml: " in error
+    assert "TOML" in error or "cannot be read" in error
+
+
+def test_a_folder_is_no_file(tmp_path):
+    assert "cannot be read" in errors_of(str(tmp_path))[0]
+
+
+def test_a_value_outside_a_section_names_its_place(toml):
+    (error,) = errors_of(toml("steps = 3\n"))
+    assert "steps stands outside a section" in error
+    assert "did you mean train.steps?" in error
+
+
+def test_an_argument_without_a_value_shows_how_to_write_it():
+    (error,) = errors_of("--train.steps", "--train.seed=1")
+    assert "--train.steps has no value" in error
+    assert "--train.steps=value" in error
+
+
+def test_two_files_are_one_too_many(toml):
+    first, second = toml(name="a.toml"), toml(name="b.toml")
+    (error,) = errors_of(first, second)
+    assert first in error
+    assert second in error
+    assert "--section.key=value" in error
+
+
+def test_everything_that_is_wrong_is_reported_at_once(toml):
+    file = toml('[optim]\nlr = "fast"\n[modle]\nhidden_size = 4\n[train]\nmicro_batch_size = 5\n')
+    wrong = ["--train.stepz=3", "--data.layout=packed", "--optim.eps=0", "--model.num_key_value_heads=3", "--run.dir"]
+    errors = errors_of(file, *wrong)
+    names = ["optim.lr", "modle.hidden_size", "train.micro_batch_size", "train.stepz", "data.layout", "optim.eps"]
+    names += ["model.num_key_value_heads", "--run.dir"]
+    assert all(sum(name in error for error in errors) == 1 for name in names), errors
+    assert len(errors) == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Impossible combinations: the message's own remedies must work
+
+SHAPE = {
+    "model.num_attention_heads": 24,
+    "model.num_key_value_heads": 24,
+    "model.hidden_size": 48,
+    "model.intermediate_size": 96,
+    "model.vocab_size": 384,
+    "data.tokenizer_vocab_size": 300,
+    "data.seq_len": 48,
+    "train.micro_batch_size": 1,
+    "train.global_batch_size": 24,
+}  # 1, 2, 3, 4, 6, 8 and 12 divide all of it, 24 too
+
+
+def remedies(error: str) -> list[int]:
+    """The numbers of "use ... in {1, 2}" or "use one of [1, 2]"."""
+    numbers = re.search(r"[{\[]([\d, ]+)[}\]]", error)
+    return [int(number) for number in numbers[1].split(",")]
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes", "value"),
+    [
+        (4, {"model.num_attention_heads": 6, "model.num_key_value_heads": 6, "model.hidden_size": 96}, 6),
+        (4, {"model.hidden_size": 50, "model.head_dim": 2}, 50),
+        (4, {"model.intermediate_size": 94}, 94),
+        (4, {"model.vocab_size": 386}, 386),
+        (4, {"data.seq_len": 42}, 42),
+        (8, {"data.seq_len": 36}, 36),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_tp_must_divide_what_it_shards(on_ranks, tp, changes, value):
+    on_ranks(24)
+    (error,) = errors_of(*arguments_of(SHAPE | changes), f"--parallel.tp={tp}")
+    name = next(iter(changes))
+    assert f"{name}={value} is not divisible by parallel.tp={tp}" in error
+    assert f"a multiple of {tp} for {name}" in error
+    works = remedies(error)
+    for other in range(1, 25):
+        arguments = [*arguments_of(SHAPE | changes), f"--parallel.tp={other}"]
+        if other in works:
+            assert configs.load(arguments).parallel.tp == other
+        else:
+            assert errors_of(*arguments), f"tp={other} works too and was not named"
+
+
+def test_tp_must_divide_the_processes(on_ranks):
+    on_ranks(6)
+    (error,) = errors_of(*arguments_of(SHAPE), "--parallel.tp=4")
+    assert "processes=6 is not divisible by parallel.tp=4" in error
+    assert remedies(error) == [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("vocab_size", [0, 384])
+def test_a_vocabulary_that_waits_for_the_tokenizer_is_a_multiple_of_128(on_ranks, vocab_size):
+    """So tp = 3 may not divide it, and the message does not make up a size that nobody wrote."""
+    on_ranks(3)
+    arguments = [*arguments_of(SHAPE | {"model.vocab_size": vocab_size}), "--parallel.tp=3"]
+    if vocab_size:
+        assert configs.load(arguments).parallel.tp == 3
+        return
+    (error,) = errors_of(*arguments)
+    assert "model.vocab_size=128" not in error
+    assert "multiple of 128" in error
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tp"), [(24, 3, 2), (24, 1, 8), (24, 2, 4), (24, 3, 24), (12, 4, 6), (24, 8, 12)]
+)
+def test_tp_need_not_divide_the_kv_heads(on_ranks, heads, kv_heads, tp):
+    on_ranks(24)
+    shape = SHAPE | {"model.num_attention_heads": heads, "model.num_key_value_heads": kv_heads}
+    assert configs.load([*arguments_of(shape), f"--parallel.tp={tp}"]).model.num_key_value_heads == kv_heads
+
+
+@pytest.mark.parametrize("kv_heads", [5, 16, 48])
+def test_kv_heads_must_divide_heads(kv_heads):
+    (error,) = errors_of(*arguments_of(SHAPE | {"model.num_key_value_heads": kv_heads}))
+    assert f"model.num_key_value_heads={kv_heads} does not divide model.num_attention_heads=24" in error
+    assert remedies(error) == [1, 2, 3, 4, 6, 8, 12, 24]
+
+
+def test_hidden_size_must_be_a_multiple_of_the_heads_unless_head_dim_is_set():
+    shape = SHAPE | {"model.hidden_size": 50}
+    (error,) = errors_of(*arguments_of(shape))
+    assert "model.hidden_size=50 is not divisible by model.num_attention_heads=24" in error
+    assert "model.head_dim" in error
+    assert configs.load([*arguments_of(shape), "--model.head_dim=4"]).model.head_dim == 4
+
+
+@pytest.mark.parametrize(
+    ("world", "global_batch_size", "micro_batch_size", "works"),
+    [(1, 24, 5, [1, 2, 3, 4, 6, 8, 12, 24]), (4, 24, 4, [1, 2, 3, 6]), (4, 24, 8, [1, 2, 3, 6]), (4, 6, 1, [])],
+)
+def test_the_global_batch_must_be_whole(on_ranks, world, global_batch_size, micro_batch_size, works):
+    on_ranks(world)
+    arguments = [*arguments_of(SHAPE), f"--train.global_batch_size={global_batch_size}", "--parallel.tp=1"]
+    (error,) = errors_of(*arguments, f"--train.micro_batch_size={micro_batch_size}")
+    assert f"train.global_batch_size={global_batch_size} is not divisible by" in error
+    assert f"train.micro_batch_size={micro_batch_size} x {world} data-parallel ranks" in error
+    assert f"a multiple of {world * micro_batch_size} rows" in error
+    assert (remedies(error) if works else []) == works
+    for micro in works:
+        configs.load([*arguments, f"--train.micro_batch_size={micro}"])
+    rows = f"--train.global_batch_size={3 * world * micro_batch_size}"
+    configs.load([*arguments, f"--train.micro_batch_size={micro_batch_size}", rows])
+
+
+def test_tensor_parallel_ranks_do_not_count_for_the_global_batch(on_ranks):
+    on_ranks(4)
+    arguments = [*arguments_of(SHAPE), "--train.global_batch_size=6", "--train.micro_batch_size=3"]
+    assert configs.load([*arguments, "--parallel.tp=2"]).train.global_batch_size == 6
+    assert "x 4 data-parallel ranks" in errors_of(*arguments, "--parallel.tp=1")[0]
+
+
+def test_dp_replicate_must_divide_the_data_parallel_ranks(on_ranks):
+    on_ranks(12)
+    arguments = [*arguments_of(SHAPE), "--parallel.tp=2"]
+    (error,) = errors_of(*arguments, "--parallel.dp_replicate=4")
+    assert "parallel.dp_replicate=4 does not divide the 6 data-parallel ranks" in error
+    assert remedies(error) == [1, 2, 3, 6]
+    assert configs.load([*arguments, "--parallel.dp_replicate=3"]).parallel.dp_replicate == 3
+
+
+def test_warm_up_is_no_longer_than_the_run():
+    (error,) = errors_of("--train.steps=10", "--optim.warmup_steps=11")
+    assert "optim.warmup_steps=11 is longer than the run of 10 steps" in error
+    assert configs.load(["--train.steps=10", "--optim.warmup_steps=10"]).optim.warmup_steps == 10
+    assert configs.load(["--train.steps=0", "--optim.warmup_steps=11"]).train.steps == 0  # the data decide
+
+
+def test_the_vocabulary_holds_the_trained_tokenizer():
+    (error,) = errors_of("--model.vocab_size=1024", "--data.tokenizer_vocab_size=1025")
+    assert "model.vocab_size=1024 is smaller than data.tokenizer_vocab_size=1025" in error
+    assert "set it to 0" in error
+    configs.load(["--model.vocab_size=1024", "--data.tokenizer_vocab_size=1024"])
+    configs.load(["--model.vocab_size=1024", "--data.tokenizer_vocab_size=1025", "--data.tokenizer=some.json"])
+
+
+def test_more_processes_than_gpus_are_refused(on_ranks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    on_ranks(4)
+    (error,) = errors_of()
+    assert "4 processes" in error
+    assert "--nproc_per_node=2" in error
+    on_ranks(4, 2)
+    configs.load([])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *(f"model.{key}={value}" for key in ("hidden_size", "num_hidden_layers") for value in (0, -8)),
+        *(f"model.{key}={value}" for key in ("num_attention_heads", "num_key_value_heads") for value in (0, -4)),
+        *("model.intermediate_size=0", "model.vocab_size=-1", "model.head_dim=-2", "model.head_dim=7"),
+        *("model.max_position_embeddings=255", "model.rope_theta=0", "model.rms_norm_eps=0"),
+        *("model.initializer_range=-0.1", "parallel.tp=0", "parallel.tp=-1", "parallel.dp_replicate=0"),
+        *("data.seq_len=0", "data.seq_len=-256", "data.num_workers=-1", "data.tokenizer_train_mib=0"),
+        *("data.tokenizer_vocab_size=257", "data.val_fraction=1", "data.val_fraction=-0.01"),
+        *("optim.lr=0", "optim.lr=-1", "optim.min_lr_ratio=1.1", "optim.min_lr_ratio=-0.1", "optim.warmup_steps=-1"),
+        *("optim.betas=[1, 0.9]", "optim.betas=[0.9, -0.1]", "optim.eps=0", "optim.weight_decay=-1"),
+        *("optim.grad_clip=-1", "train.steps=-1", "train.epochs=0", "train.global_batch_size=0"),
+        *("train.micro_batch_size=0", "train.micro_batch_size=-8", "train.log_every=0", "train.eval_every=-1"),
+        *("train.eval_batches=-1", "checkpoint.every=-1", "checkpoint.keep=0"),
+        *(
+            "run.profile_steps=[1]",
+            "run.profile_steps=[0, 2]",
+            "run.profile_steps=[3, 2]",
+            "run.profile_steps=[1, 2, 3]",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_named(argument):
+    name = argument.partition("=")[0]
+    assert any(name in error for error in errors_of(f"--{argument}"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rope_type": "yarn"}, {"factor": 0}, {"factor": "8"}, {"factor": True}, {"low_freq_factor": 4.0}, {"extra": 1}],
+)
+def test_a_rope_scaling_that_is_not_llama_3s_is_named_with_what_it_takes(change):
+    (error,) = errors_of(f"--model.rope_scaling={toml_value(LLAMA_3_1 | change)}")
+    assert error.startswith("model.rope_scaling={rope_type = ")
+    assert all(key in error for key in LLAMA_3_1)
+    (error,) = errors_of('--model.rope_scaling={rope_type = "llama3"}')
+    assert all(key in error for key in LLAMA_3_1)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("data.val_fraction=0", "optim.betas=[0, 0]", "optim.min_lr_ratio=0", "optim.min_lr_ratio=1"),
+        *("optim.grad_clip=0", "optim.weight_decay=0", "optim.warmup_steps=0", "train.seed=-1", "checkpoint.keep=1"),
+        *("data.tokenizer_vocab_size=258", "run.profile_steps=[2, 2]", "model.max_position_embeddings=256"),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(argument):
+    configs.load([f"--{argument}"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is resolved
+
+
+@pytest.mark.parametrize(
+    ("world", "local_world", "changes", "tp"),
+    [
+        (1, 1, {}, 1),
+        (2, 2, {}, 2),
+        (3, 3, {}, 3),
+        (4, 4, {}, 2),  # a single node of 4 or more: at most half, so that the mesh is 2-D
+        (6, 6, {}, 3),
+        (8, 8, {}, 4),
+        (12, 12, {}, 6),
+        (7, 7, {}, 1),
+        (8, 4, {}, 4),  # several nodes: a whole node
+        (16, 8, {}, 8),
+        (12, 6, {}, 6),
+        (8, 1, {}, 1),
+        (16, 8, {"data.seq_len": 36}, 4),
+        (16, 8, {"model.num_key_value_heads": 1}, 8),
+        (3, 3, {"model.vocab_size": 0}, 1),
+        (8, 8, {"parallel.dp_replicate": 8}, 1),
+        (16, 8, {"parallel.dp_replicate": 4}, 4),
+    ],
+)
+def test_tp_auto_is_the_largest_that_works_inside_a_node(on_ranks, world, local_world, changes, tp):
+    on_ranks(world, local_world)
+    arguments = arguments_of(SHAPE | {"train.global_batch_size": 24 * world} | changes)
+    assert configs.load([*arguments, "--parallel.tp=auto"]).parallel.tp == tp
+
+
+def test_run_dir_is_named_after_the_file_unless_it_is_set(toml):
+    assert configs.load([toml(name="my.run.toml")]).run.dir == "runs/my.run"
+    assert configs.load([toml('[run]\ndir = "elsewhere"\n')]).run.dir == "elsewhere"
+    assert configs.load([toml(), "--run.dir=there"]).run.dir == "there"
+
+
+def test_zeros_are_resolved_from_what_is_there():
+    config = configs.load([*arguments_of(SHAPE), "--data.seq_len=192", "--model.hidden_size=192"])
+    assert (config.model.head_dim, config.model.max_position_embeddings) == (8, 192)
+    longer = configs.load([*arguments_of(SHAPE), "--model.max_position_embeddings=512"])
+    assert longer.model.max_position_embeddings == 512
+
+
+CHANGED = {
+    "run.dir": "\"quotes\" and \\ and 'these'\ttab é 漢字 😀 \u2028",
+    "run.profile_steps": [2, 5],
+    "optim.betas": [0.5, 0.25],
+    "optim.lr": 1e-17,
+    "optim.weight_decay": 1e22,
+    "train.seed": -(2**62),
+    "parallel.compile": True,
+    "data.val_fraction": 0.1 + 0.2,
+    "model.rope_scaling": LLAMA_3_1,
+}
+
+
+def test_the_resolved_configuration_is_toml_and_gives_itself_back(toml, on_ranks):
+    on_ranks(4)
+    config = configs.load(arguments_of({name: toml_value(value) for name, value in CHANGED.items()}))
+    text = to_toml(config)
+    tables = tomllib.loads(text)
+    assert {f"{section}.{key}" for section, keys in tables.items() for key in keys} == set(HINTS)
+    for name, value in CHANGED.items():
+        section, key = name.split(".")
+        assert tables[section][key] == value
+    again = configs.load([toml(text, name="another_name.toml")])
+    assert again == config
+    assert to_toml(again) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --help
+
+
+def test_help_lists_every_key_with_its_default_and_meaning():
+    lines = configs.help_text().splitlines()
+    assert max(map(len, lines)) <= 120
+    for section, schema in SECTIONS.items():
+        for field in dataclasses.fields(schema):
+            factory = field.default_factory
+            default = json.dumps(field.default if factory is dataclasses.MISSING else factory())
+            (i,) = (
+                i for i, line in enumerate(lines) if line.strip().startswith(f"--{section}.{field.name}={default} ")
+            )
+            assert configs.type_name(HINTS[f"{section}.{field.name}"]) in lines[i]
+            meaning = HINTS[f"{section}.{field.name}"].__metadata__[0]
+            assert len(meaning) > 5
+            wrapped = takewhile(lambda line: line.startswith(" " * 8), lines[i + 1 :])
+            assert " ".join(map(str.strip, wrapped)) == meaning
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_printed_once_and_nothing_is_run_whatever_else_is_asked(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "nope.toml", "--train.steps=ten", flag])
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        train.main()
+    assert capsys.readouterr().out == configs.help_text() + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipes
+
+
+def worlds_of(recipe: Path) -> list[tuple[int, int]]:
+    """(processes, processes a node) of every command in the comments above the first section."""
+    header = recipe.read_text(encoding="utf-8").partition("\n[")[0]
+    worlds = []
+    for command in re.findall(r"^#.*(?:torchrun|python) .*train\.py.*$", header, re.MULTILINE):
+        options = {name: int(number) for name, number in re.findall(r"--(nnodes|nproc_per_node)[= ](\d+)", command)}
+        local_world = options.get("nproc_per_node", 1)
+        worlds.append((local_world * options.get("nnodes", 1), local_world))
+    return worlds
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_works_with_the_commands_in_its_comments(recipe, on_ranks):
+    worlds = worlds_of(recipe)
+    assert worlds, "the comments on top must show the command that runs it"
+    for world, local_world in worlds:
+        on_ranks(world, local_world)
+        config = configs.load([str(recipe)])
+        assert config.run.dir == f"runs/{recipe.stem}"
+        assert world % config.parallel.tp == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_builds_its_model(recipe, on_ranks):
+    on_ranks(*worlds_of(recipe)[0])
+    config = configs.load([str(recipe)])
+    config.model.vocab_size = config.model.vocab_size or config.data.tokenizer_vocab_size
+    with torch.device("meta"):
+        model = Llama(config.model)
+        logits = model(torch.zeros(1, config.data.seq_len, dtype=torch.long))
+    assert logits.shape == (1, config.data.seq_len, config.model.vocab_size)
+    assert len(model.model.layers) == config.model.num_hidden_layers

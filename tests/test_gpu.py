@@ -1,0 +1,69 @@
+"""What a CPU cannot show: CUDA kernels, NCCL, bf16, fused AdamW. `python -m pytest -m gpu`, on one GPU or more."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.lines import ROOT
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SIZES = ["--model.hidden_size=256", "--model.intermediate_size=512", "--model.num_hidden_layers=2"]
+SIZES += ["--data.tokenizer_vocab_size=1024", "--train.micro_batch_size=4", "--train.steps=20", "--train.eval_every=0"]
+
+
+def run(folder: Path, *arguments: str, processes: int = 1, gpu: bool = True) -> list[dict]:
+    """Training lines of a run of the quickstart's data on so many processes, or on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    command += ["train.py", *SIZES, f"--run.dir={folder}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def test_gpu_trains_as_cpu_does_from_the_same_weights(tmp_path):
+    """Random numbers differ between devices, so the CPU continues the GPU's checkpoint; float32 without TF32."""
+    run(tmp_path / "start", "--train.steps=5", "--optim.warmup_steps=1")
+    branch = [f"--checkpoint.resume={tmp_path / 'start'}", "--train.steps=15"]
+    gpu, cpu = (run(tmp_path / f"gpu{on}", *branch, gpu=on) for on in (True, False))
+    assert [line["step"] for line in gpu] == list(range(6, 16))
+    for ours, theirs in zip(gpu, cpu, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)  # other kernels, other order of sums
+
+
+def test_bf16_compiled_and_checkpointed_training_learns_and_reports_mfu(tmp_path):
+    fast = [
+        "--parallel.param_dtype=bfloat16",
+        "--parallel.compile=true",
+        "--parallel.activation_checkpointing=selective",
+    ]
+    lines = run(tmp_path / "run", *fast)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert 0 < lines[-1]["peak_memory_gib"] < 10
+    assert lines[-1]["mfu"] is None or 0 < lines[-1]["mfu"] < 1
+
+
+def test_resume_is_bitwise_identical_on_a_gpu(tmp_path):
+    exact = ["--train.deterministic=true", "--checkpoint.every=10", "--checkpoint.keep=5"]
+    whole = run(tmp_path / "whole", *exact)
+    first = tmp_path / "whole" / "checkpoints" / "step_00000010"
+    again = run(tmp_path / "again", *exact, f"--checkpoint.resume={first}")
+    assert [(line["loss"], line["grad_norm"]) for line in again] == [
+        (line["loss"], line["grad_norm"]) for line in whole[10:]
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_two_gpus_compute_what_one_does(tmp_path, tp):
+    one = run(tmp_path / "one")
+    two = run(tmp_path / "two", f"--parallel.tp={tp}", processes=2)
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
