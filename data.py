@@ -88,6 +88,7 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
     import datasets
 
     datasets.disable_progress_bars()  # one bar of our own instead
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised, and said once
     if config.dataset == "stdlib":
         texts, not_utf8 = stdlib_documents()
         if not_utf8 and show_skipped:
@@ -96,14 +97,17 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
         return datasets.Dataset.from_dict({"text": texts}), digest
     path = Path(config.dataset)
     builder = BUILDERS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+    if builder and path.is_file() and path.stat().st_size == 0:
+        check_not_empty(config, 0)
     try:
         if builder:
             documents = datasets.load_dataset(builder, data_files=config.dataset, split="train")
         else:
             documents = datasets.load_dataset(config.dataset, config.subset or None, split=config.split)
-    except Exception as error:  # of many kinds, all about the data; the first cause says most
+    except Exception as error:  # of many kinds, all about the data
+        cause = error.__cause__ or error
         raise ValueError(
-            f"data.dataset={config.dataset!r} cannot be loaded: {error.__cause__ or error or type(error).__name__}\n"
+            f"data.dataset={config.dataset!r} cannot be loaded: {str(cause) or type(cause).__name__}\n"
             f'it must be "stdlib", a path to {", ".join(BUILDERS)} with at least one document, or the id of a dataset '
             "on the Hub, with its data.subset and data.split"
         ) from error
@@ -241,7 +245,7 @@ def encode_documents(texts: list[str | None], tokenizer: Tokenizer, special: Spe
 
 def check_not_empty(config: DataConfig, documents: int) -> None:
     if documents == 0:
-        raise ValueError(f"data.dataset={config.dataset!r} holds no documents: name a dataset that does")
+        raise ValueError(f"data.dataset={config.dataset!r} holds no documents: name one with at least one document")
 
 
 def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> Path:

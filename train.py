@@ -182,7 +182,7 @@ class Meter:
 def make_tracer(config: Config, run_dir: Path, first_step: int) -> Callable[[int], None]:
     """To be called before the first step and after each: writes rank 0's Chrome trace of run.profile_steps."""
     first, last = config.run.profile_steps or (0, 0)
-    if dist.get_rank() != 0 or first < first_step:
+    if dist.get_rank() != 0 or not first_step <= first <= config.train.steps:
         return lambda step: None
     profiler = torch.profiler.profile()
 
@@ -194,6 +194,18 @@ def make_tracer(config: Config, run_dir: Path, first_step: int) -> Callable[[int
             profiler.export_chrome_trace(str(run_dir / f"trace_steps_{first}_{last}.json"))
 
     return trace
+
+
+def check_wandb(config: Config) -> None:
+    """Raise ValueError if the run is to be sent to wandb's server and there is no account to send it with."""
+    if config.run.wandb != "online":
+        return
+    import wandb
+
+    with contextlib.suppress(wandb.errors.Error):
+        if wandb.login(prompt=False):
+            return
+    raise ValueError('run.wandb="online" needs an account: run `wandb login` once, or use run.wandb=offline')
 
 
 def start_wandb(config: Config, run_id: str | None) -> Any:
@@ -228,6 +240,7 @@ def train(config: Config, device: torch.device) -> None:
     identity, resume_from, state = checkpoint.identity(configs.flatten(config)), None, {}
     with parallel.errors_stop_all_ranks():
         if is_main:
+            check_wandb(config)
             checkpoint.check_writable(run_dir)
             resume_from = checkpoint.find_resume(run_dir, config.checkpoint.resume)
             checkpoint.refuse_another_run(resume_from, run_dir, identity)
@@ -239,6 +252,8 @@ def train(config: Config, device: torch.device) -> None:
         if is_main:
             checkpoint.refuse_another_run(resume_from, run_dir, identity)
             state = checkpoint.read_state(resume_from) if resume_from else {}
+            if resume_from and run_dir not in resume_from.parents:
+                state["wandb_id"] = None  # a branch is a run of its own
     state = parallel.from_rank_0(state)
     first_step = state.get("step", 0) + 1
     if first_step > train.steps:
