@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes: one a GPU, or 4 on a CPU, which makes a 2 x 2 mesh.
-NPROC ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 4)")
+# Processes: one a GPU (a power of two of them, which divides the batch), or 4 on a CPU, which makes a 2 x 2 mesh.
+NPROC ?= $(shell $(BIN)/python -c "import torch; print(1 << (torch.cuda.device_count() or 4).bit_length() - 1)")
 # torchrun would set this too, with a warning; train.py gives each process its share of the cores.
 export OMP_NUM_THREADS ?= 1
 

@@ -220,6 +220,15 @@ def special_tokens(tokenizer: Tokenizer, config: DataConfig) -> SpecialTokens:
     return SpecialTokens(bos, eos, eos if pad is None else pad)
 
 
+def without_rules(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that pads nothing, cuts nothing, and takes "<|begin_of_text|>" written out in a text for text."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Largest id + 1: ids may have gaps, so the number of tokens is not enough."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -232,8 +241,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def encode_documents(texts: list[str | None], tokenizer: Tokenizer, special: SpecialTokens) -> dict[str, list]:
     """`[BOS] tokens [EOS]` of each text, and its bytes. Null texts are left out; an empty one is `[BOS] [EOS]`.
 
-    The tokenizer's own rules about special tokens are switched off: BOS and EOS come from here, each once, and
-    "<|begin_of_text|>" written out in a document is text.
+    Tokenizers have opinions of their own about BOS and EOS: they are switched off, so that each comes once, from here.
     """
     texts = [text for text in texts if text is not None]
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
@@ -263,10 +271,7 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = Fal
     path = cache_folder() / f"tokens-{key}.arrow"
     if path.exists():
         return path
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy without the rules of its own
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
+    tokenizer = without_rules(tokenizer)
     bar = tqdm(total=len(documents), desc="tokenize", unit=" documents", leave=False, disable=not show_progress)
 
     def encode(texts: list[str | None]) -> dict[str, list]:

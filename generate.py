@@ -70,7 +70,7 @@ def main() -> None:
         model, tokenizer, special = load_run(arguments.run_dir, device)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    prompt = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
+    prompt = data.without_rules(tokenizer).encode(arguments.prompt, add_special_tokens=False).ids
     tokens, printed = [special.bos, *prompt], ""
     print(arguments.prompt, end="", flush=True)
     new = []

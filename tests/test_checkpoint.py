@@ -1,0 +1,522 @@
+"""Checkpoints come back on any mesh, a kill at any instant leaves one that loads, and generate.py samples from them."""
+
+import contextlib
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch.distributed.tensor import DTensor
+
+import checkpoint
+import configs
+import data
+import generate
+import parallel
+import train
+from configs import Config, OptimConfig
+from model import Llama, ModelConfig
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, betas=(0.9, 0.95))
+STATE = {"tokens": 123, "total_steps": 9, "identity": {"train.seed": 0}}
+WINDOW = 16
+
+
+def shape(tied: bool = False) -> ModelConfig:
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return ModelConfig(**sizes, **heads, max_position_embeddings=WINDOW, tie_word_embeddings=tied)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs on the ranks
+
+
+class Trainee:
+    """This rank's part of a small model and its optimizer, as train.py makes them."""
+
+    def __init__(self, tp: int, tied: bool = False, seed: int = 0, optim: OptimConfig = OPTIM):
+        plan = parallel.ParallelConfig(tp=tp)
+        self.mesh = parallel.build_mesh(plan, CPU)
+        with torch.device("meta"):
+            self.model = Llama(shape(tied))
+        parallel.parallelize(self.model, self.mesh, plan)
+        self.model.to_empty(device=CPU)
+        self.model.init_weights(seed, parallel.place_shard)
+        self.optimizer = train.make_optimizer(self.model, optim)
+
+    def advance(self, steps: int) -> None:
+        generator = torch.Generator().manual_seed(steps)
+        for _ in range(steps):
+            rows = torch.randint(0, 384, (2, WINDOW + 1), generator=generator)  # the same on all ranks
+            with parallel.loss_context(self.mesh):
+                self.model(rows[:, :-1], rows[:, 1:]).backward()
+            _, dp_size = parallel.dp_rank_and_size(self.mesh)
+            parallel.scale_gradients(self.model, torch.tensor(1e-2 / dp_size))  # FSDP sums the same gradient so often
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def values(self) -> dict[str, np.ndarray]:
+        """Weights, moments and step counts, whole."""
+        tensors = dict(self.model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            tensors |= {f"{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+        return {name: tensor.detach().numpy().copy() for name, tensor in whole.items()}
+
+
+def train_and_save(run_dir: Path, tp: int, tied: bool, tokenizer: str) -> tuple[dict, dict]:
+    """Three steps, a checkpoint, and one step more: the values at the checkpoint, and after."""
+    trainee = Trainee(tp, tied)
+    trainee.advance(3)
+    if dist.get_rank() == 0:
+        checkpoint.prepare_run(run_dir, configs.to_toml(Config(model=shape(tied))), tokenizer, first_step=1)
+    dist.barrier()
+    checkpoint.save(run_dir, 3, 2, trainee.model, trainee.optimizer, STATE)
+    saved = trainee.values()
+    trainee.advance(1)
+    return saved, trainee.values()
+
+
+def load_and_train(path: Path, tp: int, tied: bool) -> tuple[dict, dict]:
+    """The values as `train_and_save` returns them, in a model that was born different."""
+    trainee = Trainee(tp, tied, seed=1)
+    checkpoint.load(path, trainee.model, trainee.optimizer)
+    loaded = trainee.values()
+    trainee.advance(1)
+    return loaded, trainee.values()
+
+
+def hyperparameters_around_load(path: Path, optim: OptimConfig) -> list[list[dict[str, Any]]]:
+    """Of each parameter group, before and after a load."""
+    trainee, seen = Trainee(tp=1, optim=optim), []
+    for load in (lambda: None, lambda: checkpoint.load(path, trainee.model, trainee.optimizer)):
+        load()
+        groups = trainee.optimizer.param_groups
+        seen.append([{key: value for key, value in group.items() if key != "params"} for group in groups])
+    return seen
+
+
+def names_after_saves(run_dir: Path, steps: list[int], keep: int) -> list[list[str]]:
+    """What the folder holds after each save."""
+    trainee, seen = Trainee(tp=1), []
+    (run_dir / "checkpoints").mkdir(parents=True)
+    for step in steps:
+        checkpoint.save(run_dir, step, keep, trainee.model, trainee.optimizer, STATE)
+        seen.append(sorted(path.name for path in (run_dir / "checkpoints").iterdir()))
+    return seen
+
+
+@contextlib.contextmanager
+def power_cut(number: int) -> Iterator[None]:
+    """The `number`th change of a name on disk does not happen, nor does any after it."""
+    numbers = count(1)
+
+    def cut(change, *arguments, **options):
+        if next(numbers) >= number:
+            raise RuntimeError(f"power cut at {change.__name__}")
+        return change(*arguments, **options)
+
+    with contextlib.ExitStack() as stack:
+        for change in (os.rename, os.replace, os.unlink, os.rmdir, os.mkdir):
+            stack.enter_context(mock.patch.object(os, change.__name__, partial(cut, change)))
+        yield
+
+
+def save_under_power_cuts(run_dir: Path) -> list[tuple[str, int]]:
+    """Cut the power at every point of a save that also prunes.
+
+    After each cut: the name of the newest checkpoint, which loads, and the step that its state.json claims.
+    """
+    trainee, survivors = Trainee(tp=1), []
+    save = partial(checkpoint.save, run_dir, keep=1, model=trainee.model, optimizer=trainee.optimizer, state=STATE)
+    checkpoint.prepare_run(run_dir, "", "", first_step=1)
+    for cut in count(1):
+        trainee.advance(1)
+        save(step=2 * cut)
+        before = trainee.values()
+        trainee.advance(1)
+        after = trainee.values()
+        try:
+            with power_cut(cut):
+                save(step=2 * cut + 1)
+            break
+        except BaseException as error:  # torch wraps what happens inside a save in a BaseException of its own
+            if "power cut" not in repr(error):
+                raise
+        newest = checkpoint.find_resume(run_dir, "auto")
+        step = checkpoint.read_state(newest)["step"]
+        checkpoint.load(newest, trainee.model, trainee.optimizer)
+        assert_equal(trainee.values(), {2 * cut: before, 2 * cut + 1: after}[step])
+        checkpoint.prepare_run(run_dir, "", "", first_step=1)
+        left = {path.name for path in (run_dir / "checkpoints").iterdir()}
+        assert newest.name in left and all(name.startswith("step_") for name in left)
+        survivors.append((newest.name, step))
+    return survivors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save and load
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return data.train_tokenizer(["def naïve(): return 日本語 🙂"] * 3, vocab_size=300, train_mib=1)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def written(request, ranks, tokenizer, tmp_path_factory) -> tuple[bool, Path, dict, dict]:
+    """A run directory written on a 2 x 2 mesh: is its embedding tied, where is it, its values, and one step later."""
+    run_dir = tmp_path_factory.mktemp("run")
+    (saved, later), *_ = ranks(4, train_and_save, run_dir, 2, request.param, tokenizer.to_str())
+    return request.param, run_dir, saved, later
+
+
+@pytest.fixture(scope="module")
+def run_dir(ranks, tokenizer, tmp_path_factory) -> Path:
+    """A run directory written on a 2 x 2 mesh."""
+    folder = tmp_path_factory.mktemp("run")
+    ranks(4, train_and_save, folder, 2, False, tokenizer.to_str())
+    return folder
+
+
+def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("world", "tp"), [(4, 2), (1, 1), (2, 2), (4, 4)])
+def test_weights_and_moments_come_back_exactly_on_any_mesh(ranks, written, world, tp):
+    tied, folder, saved, later = written
+    path = folder / "checkpoints/step_00000003"
+    assert checkpoint.read_state(path) == {"step": 3, **STATE}
+    for loaded, next_step in ranks(world, load_and_train, path, tp, tied):
+        assert_equal(loaded, saved)
+        assert any(name.endswith("/exp_avg_sq") and value.any() for name, value in loaded.items())
+        if (world, tp) == (4, 2):
+            assert_equal(next_step, later)
+        for name, value in later.items():  # the moments are not only there, they are used: a mesh apart by rounding
+            np.testing.assert_allclose(next_step[name], value, rtol=0, atol=OPTIM.lr / 10, err_msg=name)
+
+
+def test_hyperparameters_are_those_of_the_configuration_not_of_the_checkpoint(ranks, run_dir):
+    optim = OptimConfig(lr=0.5, weight_decay=0.7, betas=(0.5, 0.6), eps=1e-3)
+    ((before, after),) = ranks(1, hyperparameters_around_load, run_dir / "checkpoints/step_00000003", optim)
+    assert after == before
+    assert [group["weight_decay"] for group in after] == [0.7, 0.0]
+    assert all((group["lr"], tuple(group["betas"]), group["eps"]) == (0.5, (0.5, 0.6), 1e-3) for group in after)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_checkpoints_are_kept_and_nothing_else(ranks, tmp_path, keep):
+    steps = [1, 2, 9, 10, 100]
+    (seen,) = ranks(1, names_after_saves, tmp_path, steps, keep)
+    names = [f"step_{step:08d}" for step in steps]
+    assert seen == [names[max(0, i + 1 - keep) : i + 1] for i in range(len(steps))]
+
+
+def test_a_power_cut_at_any_point_of_a_save_leaves_a_checkpoint_that_loads(ranks, tmp_path):
+    (survivors,) = ranks(1, save_under_power_cuts, tmp_path)
+    assert all(name == f"step_{step:08d}" for name, step in survivors)
+    before, after = ([step for _, step in survivors if step % 2 == odd] for odd in (0, 1))
+    assert len(before) >= 4 and len(after) >= 4, "cuts before the new one is complete, and while the old one goes"
+    assert before + after == [step for _, step in survivors], "complete once, and from then on"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run directory
+
+
+def pretend(run_dir: Path, *steps: int, prefix: str = "step_") -> list[Path]:
+    """Directories that look like checkpoints."""
+    paths = [run_dir / "checkpoints" / f"{prefix}{step:08d}" for step in steps]
+    for path, step in zip(paths, steps, strict=True):
+        path.mkdir(parents=True)
+        (path / "state.json").write_text(json.dumps({"step": step, "identity": {}}))
+    return paths
+
+
+def test_an_unfinished_save_is_never_taken_for_a_checkpoint_and_removed_at_the_next_start(tmp_path):
+    (done,), (unfinished,) = pretend(tmp_path, 5), pretend(tmp_path, 9, prefix=".tmp-step_")
+    assert checkpoint.complete_checkpoints(tmp_path) == [done]
+    assert checkpoint.find_resume(tmp_path, "auto") == done
+    checkpoint.prepare_run(tmp_path, "a = 1\n", "{}", first_step=6)
+    assert not unfinished.exists() and done.exists()
+    with pytest.raises(ValueError, match="neither a checkpoint nor a run directory"):
+        pretend(tmp_path / "other", 3, prefix=".tmp-step_")
+        checkpoint.find_resume(tmp_path, str(tmp_path / "other"))
+
+
+def test_checkpoints_are_ordered_by_step(tmp_path):
+    assert checkpoint.complete_checkpoints(tmp_path / "nowhere") == []
+    later, earlier = pretend(tmp_path, 100_000, 99_999)
+    assert checkpoint.complete_checkpoints(tmp_path) == [earlier, later]
+
+
+@pytest.mark.parametrize(
+    ("own", "resume", "expected"),
+    [
+        ([], "auto", None),
+        ([3, 7], "auto", "own/checkpoints/step_00000007"),
+        ([], "never", None),
+        ([], "other", "other/checkpoints/step_00000004"),
+        ([], "other/checkpoints/step_00000002", "other/checkpoints/step_00000002"),
+        ([3, 7], "other/checkpoints/step_00000002", "own/checkpoints/step_00000007"),  # the branch goes on
+        ([3, 7], "own/checkpoints/step_00000007", "own/checkpoints/step_00000007"),
+        ([3, 7], "own", "own/checkpoints/step_00000007"),
+    ],
+)
+def test_resume_starts_from(tmp_path, own, resume, expected):
+    pretend(tmp_path / "own", *own)
+    pretend(tmp_path / "other", 2, 4)
+    resume = resume if resume in ("auto", "never") else str(tmp_path / resume)
+    found = checkpoint.find_resume(tmp_path / "own", resume)
+    assert found == (expected and tmp_path / expected)
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [
+        ("never", r'checkpoint.resume="never", but .*own holds step_00000007: start over in another --run.dir'),
+        ("own/checkpoints/step_00000003", r"step_00000003 is not the newest.* branch off into another --run.dir"),
+        ("nowhere", r"nowhere is neither a checkpoint nor a run directory"),
+        ("empty", r"empty is neither a checkpoint nor a run directory"),
+    ],
+)
+def test_resume_refuses_what_would_do_damage_or_is_no_checkpoint(tmp_path, resume, message):
+    pretend(tmp_path / "own", 3, 7)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.find_resume(tmp_path / "own", resume if resume == "never" else str(tmp_path / resume))
+
+
+METRICS = [
+    '{"step": 1, "loss": 5.0}\n',
+    '{"step": 2, "loss": 4.0}\n',
+    '{"step": 2, "val_loss": 4.5}\n',
+    '{"step": 3, "loss": 3.0}\n',
+    '{"step": 3, "val_loss": 3.5}\n',
+]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 2, "loss": 4.0}'])
+@pytest.mark.parametrize(("first_step", "kept"), [(1, 0), (2, 1), (3, 3), (4, 5)])
+def test_metrics_keep_whole_lines_of_steps_that_are_not_done_again(tmp_path, first_step, kept, torn):
+    (tmp_path / "metrics.jsonl").write_text("".join(METRICS) + torn)
+    checkpoint.prepare_run(tmp_path, "", "", first_step)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(METRICS[:kept])
+
+
+def test_prepare_run_makes_the_directory_with_what_it_is_given(tmp_path):
+    checkpoint.prepare_run(tmp_path / "a/b", 'x = "日本"\n', '{"é": 1}', first_step=1)
+    files = {str(path.relative_to(tmp_path / "a/b")) for path in (tmp_path / "a/b").rglob("*")}
+    assert files == {"checkpoints", "config.toml", "tokenizer.json"}
+    assert (tmp_path / "a/b/config.toml").read_text(encoding="utf-8") == 'x = "日本"\n'
+    assert (tmp_path / "a/b/tokenizer.json").read_text(encoding="utf-8") == '{"é": 1}'
+
+
+@pytest.mark.parametrize("at", ["os.fsync", "os.replace"])
+def test_a_write_that_is_cut_off_leaves_the_old_content(tmp_path, at):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, "old")
+    with mock.patch(at, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomically(path, "new é")
+    assert path.read_text() == "old"
+    checkpoint.write_atomically(path, "new é")
+    assert path.read_text(encoding="utf-8") == "new é" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run or another
+
+FLAT = configs.flatten(Config(model=ModelConfig(vocab_size=384)))
+FREE = ("data.num_workers", "data.tokenizer_train_mib")
+FIXED = [key for key in FLAT if key.startswith(("model.", "data.")) and key not in FREE]
+FIXED += ["train.seed", "train.global_batch_size"]
+
+
+def another(value: Any) -> Any:
+    """A value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return value + "x"
+        case _:
+            return {"factor": 8.0}
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "config.toml"])
+@pytest.mark.parametrize("key", FIXED)
+def test_what_makes_a_run_must_not_change_within_it(tmp_path, key, where):
+    path = None
+    if where == "checkpoint":
+        (path,) = pretend(tmp_path, 3)
+        (path / "state.json").write_text(json.dumps({"identity": checkpoint.identity(FLAT)}))
+    else:
+        checkpoint.prepare_run(tmp_path, configs.to_toml(Config(model=ModelConfig(vocab_size=384))), "", first_step=1)
+    checkpoint.refuse_another_run(path, tmp_path, checkpoint.identity(FLAT))
+    changed = {**FLAT, key: another(FLAT[key])}
+    with pytest.raises(ValueError) as error:
+        checkpoint.refuse_another_run(path, tmp_path, checkpoint.identity(changed))
+    assert f"{key}: {FLAT[key]!r} there, {changed[key]!r} now" in str(error.value)
+
+
+@pytest.mark.parametrize("key", [key for key in FLAT if key not in FIXED])
+def test_everything_else_may_change(tmp_path, key):
+    changed = {**FLAT, key: "another"}
+    assert checkpoint.identity(changed) == checkpoint.identity(FLAT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate.py
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Llama]:
+    """Random, and sharper than at birth, so that its choices differ."""
+    model = Llama(shape())
+    model.init_weights(seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model only loses by more
+    yield model
+    torch.set_num_threads(threads)
+
+
+def sample(model: Llama, prompt: list[int], **options) -> list[int]:
+    defaults = {"eos": -1, "max_new_tokens": 12, "temperature": 1.0, "top_k": 0, "seed": 0}
+    return list(generate.sample(model, list(prompt), **{**defaults, **options}))
+
+
+def greedy(model: Llama, prompt: list[int], length: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(model(torch.tensor([tokens[-WINDOW:]]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_the_same_seed_samples_the_same_text_and_another_one_another(model):
+    assert sample(model, [1, 2], seed=5) == sample(model, [1, 2], seed=5) != sample(model, [1, 2], seed=6)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.0, "top_k": 7}, {"top_k": 1}])
+@pytest.mark.parametrize("prompt", [[1], [1, 2, 3], list(range(WINDOW)), list(range(3 * WINDOW))])
+def test_temperature_0_and_top_k_1_take_the_likeliest_also_beyond_the_window(model, options, prompt):
+    expected = greedy(model, prompt, 12)
+    assert len(set(expected)) > 2, "a model that says more than one thing"
+    assert sample(model, prompt, seed=9, **options) == expected
+
+
+def test_top_k_takes_only_the_k_likeliest_and_all_of_them(model):
+    likeliest = model(torch.tensor([[1, 2]]))[0, -1].topk(3).indices.tolist()
+    options = {"max_new_tokens": 1, "top_k": 3, "temperature": 5.0}
+    assert {sample(model, [1, 2], seed=seed, **options)[0] for seed in range(60)} == set(likeliest)
+
+
+def test_a_top_k_beyond_the_vocabulary_takes_all(model):
+    assert sample(model, [1, 2], top_k=10_000) == sample(model, [1, 2], top_k=0)
+
+
+def test_sampling_stops_at_eos_without_yielding_it(model):
+    whole = greedy(model, [1], 12)
+    eos = whole[5]
+    assert sample(model, [1], temperature=0.0, eos=eos) == whole[: whole.index(eos)]
+    assert sample(model, [1], temperature=0.0, max_new_tokens=4) == whole[:4]
+    assert sample(model, [1], max_new_tokens=0) == []
+
+
+def test_one_process_loads_the_weights_that_four_ranks_wrote(written):
+    tied, folder, saved, _ = written
+    model, _, special = generate.load_run(folder, CPU)
+    weights = {name: value for name, value in saved.items() if "/" not in name}
+    assert_equal({name: parameter.detach().numpy() for name, parameter in model.named_parameters()}, weights)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    expected = Llama(shape(tied))
+    expected.init_weights(seed=0)
+    expected.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=not tied)
+    ids = torch.tensor([[special.bos, 5, 6, 7]])
+    torch.testing.assert_close(model(ids), expected(ids), rtol=0, atol=0)
+
+
+def command_line(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "generate.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200)
+
+
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    generate.main()
+
+
+def test_the_command_line_prints_prompt_and_text_and_nothing_else(run_dir, monkeypatch, capsys):
+    arguments = (run_dir, "--prompt", "def naïve 日", "--max-new-tokens", 20, "--seed", 4)
+    result = command_line(*arguments)
+    assert (result.returncode, result.stderr) == (0, b"")
+    text = result.stdout.decode()
+    assert text.startswith("def naïve 日") and text.endswith("\n") and len(text) > len("def naïve 日") + 5
+    main(monkeypatch, *arguments)
+    assert capsys.readouterr().out == text, "the same seed, the same text"
+
+
+@pytest.mark.parametrize("text", ["日本語 🙂 naïve", "🙂", "a\nb  c\t日"])
+@pytest.mark.parametrize("prompt", ["", "déf "])
+def test_characters_of_several_bytes_are_printed_whole(run_dir, tokenizer, monkeypatch, text, prompt):
+    bytewise = []
+    for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
+        bytewise += [tokenizer.token_to_id(symbol) for symbol in piece]  # a token a byte: no character is one token
+    assert tokenizer.decode(bytewise) == text and len(bytewise) == len(text.encode())
+    printed = []
+    monkeypatch.setattr(generate, "sample", lambda *arguments: iter(bytewise))
+    monkeypatch.setattr("builtins.print", lambda *parts, end="\n", flush=False: printed.append("".join(parts) + end))
+    main(monkeypatch, run_dir, "--prompt", prompt)
+    assert "".join(printed) == prompt + text + "\n"
+    assert not any("\ufffd" in part for part in printed)
+
+
+def test_the_prompt_is_read_whole_whatever_the_tokenizer_pads_or_truncates(run_dir, tokenizer, monkeypatch, tmp_path):
+    padded, prompts = copy.deepcopy(tokenizer), []
+    padded.enable_truncation(3)
+    padded.enable_padding(length=8)
+    for folder, chosen in (("plain", tokenizer), ("padded", padded)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "checkpoints").symlink_to(run_dir / "checkpoints")
+        (tmp_path / folder / "config.toml").write_text((run_dir / "config.toml").read_text())
+        (tmp_path / folder / "tokenizer.json").write_text(chosen.to_str())
+        monkeypatch.setattr(generate, "sample", lambda model, tokens, *arguments: iter(prompts.append(tokens) or []))
+        main(monkeypatch, tmp_path / folder, "--prompt", "def return (): 日本語 xyz")
+    assert prompts[0] == prompts[1] and len(prompts[0]) > 8
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty", "unfinished"])
+def test_a_directory_without_a_checkpoint_gets_one_message(tmp_path, folder, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    pretend(tmp_path / "unfinished", 3, prefix=".tmp-step_")
+    with pytest.raises(SystemExit, match=rf"error: .*{folder} holds no complete checkpoint"):
+        main(monkeypatch, tmp_path / folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_line_reports_a_missing_run_on_standard_error(tmp_path):
+    result = command_line(tmp_path / "nowhere")
+    assert result.returncode != 0 and result.stdout == b""
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith("error: ") and str(tmp_path / "nowhere") in line
