@@ -73,12 +73,12 @@ def find_resume(run_dir: Path, resume: str) -> Path | None:
         raise ValueError(f"checkpoint.resume={resume} is neither a checkpoint nor a run directory that holds one")
     if not own:
         return found[-1]
-    if found[-1].resolve().parent == own[-1].resolve().parent and found[-1].name != own[-1].name:
+    if found[-1].resolve() != own[-1].resolve() and read_state(own[-1]).get("branched_from") != resume:
         raise ValueError(
-            f"checkpoint.resume={resume} is not the newest in {run_dir}, and later ones would be overwritten: "
-            "branch off into another --run.dir"
+            f"checkpoint.resume={resume} is not the newest checkpoint of {run_dir}, nor what that run branched off: "
+            f"{own[-1].name} there would be overwritten; branch off into another --run.dir"
         )
-    return own[-1]  # the branch exists already: the same command continues it
+    return own[-1]  # a branch that was begun before: the same command continues it
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def save(
     model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=unfinished)
     if dist.get_rank() == 0:
-        write_atomically(unfinished / "state.json", json.dumps({"step": step, **state}, indent=1))
+        write_atomically(unfinished / "state.json", json.dumps({**state, "step": step}, indent=1))
         unfinished.rename(final)
         for old in complete_checkpoints(run_dir)[:-keep]:
             trash = old.with_name(f".tmp-{old.name}")  # so that a kill leaves no half-removed checkpoint behind

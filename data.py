@@ -323,8 +323,12 @@ class TokenStream:
         return np.concatenate(pieces)
 
     def fingerprint(self) -> str:
-        """Changes when a document is added, lost, moved or tokenised to another length."""
-        return hashlib.sha256(self.document_starts.tobytes()).hexdigest()[:32]
+        """Changes when a document is added, lost, moved, gets another length or, in a sample, another beginning."""
+        digest = hashlib.sha256(self.document_starts.tobytes())
+        count = len(self.document_starts) - 1
+        for start in self.document_starts[np.linspace(0, count - 1, min(count, 4096), dtype=np.int64)]:
+            digest.update(self.read(start, min(start + 4096, self.document_starts[-1])).tobytes())
+        return digest.hexdigest()[:32]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

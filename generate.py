@@ -68,7 +68,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, tokenizer, special = load_run(arguments.run_dir, device)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     prompt = data.without_rules(tokenizer).encode(arguments.prompt, add_special_tokens=False).ids
     tokens, printed = [special.bos, *prompt], ""

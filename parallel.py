@@ -138,7 +138,7 @@ def errors_stop_all_ranks():
     try:
         yield
     except (ValueError, OSError) as error:
-        message = str(error)
+        message = str(error) or repr(error)
     messages = list(filter(None, gather(message)))
     if messages:
         stop_all_ranks(messages[0])

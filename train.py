@@ -252,8 +252,8 @@ def train(config: Config, device: torch.device) -> None:
         if is_main:
             checkpoint.refuse_another_run(resume_from, run_dir, identity)
             state = checkpoint.read_state(resume_from) if resume_from else {}
-            if resume_from and run_dir not in resume_from.parents:
-                state["wandb_id"] = None  # a branch is a run of its own
+            if resume_from and run_dir not in resume_from.parents:  # a branch is a run of its own
+                state |= {"wandb_id": None, "branched_from": config.checkpoint.resume}
     state = parallel.from_rank_0(state)
     first_step = state.get("step", 0) + 1
     if first_step > train.steps:
@@ -343,8 +343,8 @@ def train(config: Config, device: torch.device) -> None:
                     log({"step": step, **result})
                     say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
             if due(step, config.checkpoint.every, train.steps):
-                state = {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
-                state["wandb_id"] = run.id if run is not None else None
+                state |= {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
+                state["wandb_id"] = run.id if run is not None else state.get("wandb_id")
                 saved = checkpoint.save(run_dir, step, config.checkpoint.keep, model, optimizer, state)
 
     bar.close()

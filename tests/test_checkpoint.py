@@ -140,7 +140,7 @@ def power_cut(number: int) -> Iterator[None]:
 def save_under_power_cuts(run_dir: Path) -> list[tuple[str, int]]:
     """Cut the power at every point of a save that also prunes.
 
-    After each cut: the name of the newest checkpoint, which loads, and the step that its state.json claims.
+    After each cut every checkpoint loads; returns the newest one's name and the step that its state.json claims.
     """
     trainee, survivors = Trainee(tp=1), []
     save = partial(checkpoint.save, run_dir, keep=1, model=trainee.model, optimizer=trainee.optimizer, state=STATE)
@@ -158,14 +158,14 @@ def save_under_power_cuts(run_dir: Path) -> list[tuple[str, int]]:
         except BaseException as error:  # torch wraps what happens inside a save in a BaseException of its own
             if "power cut" not in repr(error):
                 raise
-        newest = checkpoint.find_resume(run_dir, "auto")
-        step = checkpoint.read_state(newest)["step"]
-        checkpoint.load(newest, trainee.model, trainee.optimizer)
-        assert_equal(trainee.values(), {2 * cut: before, 2 * cut + 1: after}[step])
+        for path in checkpoint.complete_checkpoints(run_dir):
+            checkpoint.load(path, trainee.model, trainee.optimizer)
+            step = checkpoint.read_state(path)["step"]
+            assert_equal(trainee.values(), {2 * cut: before, 2 * cut + 1: after}[step])
         checkpoint.prepare_run(run_dir, "", "", first_step=1)
-        left = {path.name for path in (run_dir / "checkpoints").iterdir()}
-        assert newest.name in left and all(name.startswith("step_") for name in left)
-        survivors.append((newest.name, step))
+        left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+        assert left[-1] == path.name and all(name.startswith("step_") for name in left)
+        survivors.append((path.name, step))
     return survivors
 
 
@@ -276,7 +276,6 @@ def test_checkpoints_are_ordered_by_step(tmp_path):
         ([], "never", None),
         ([], "other", "other/checkpoints/step_00000004"),
         ([], "other/checkpoints/step_00000002", "other/checkpoints/step_00000002"),
-        ([3, 7], "other/checkpoints/step_00000002", "own/checkpoints/step_00000007"),  # the branch goes on
         ([3, 7], "own/checkpoints/step_00000007", "own/checkpoints/step_00000007"),
         ([3, 7], "own", "own/checkpoints/step_00000007"),
     ],
@@ -289,17 +288,28 @@ def test_resume_starts_from(tmp_path, own, resume, expected):
     assert found == (expected and tmp_path / expected)
 
 
+def test_a_branch_that_was_begun_goes_on_whatever_its_origin_does(tmp_path):
+    (newest,) = pretend(tmp_path / "own", 7)
+    origin = str(tmp_path / "other")
+    (newest / "state.json").write_text(json.dumps({"step": 7, "branched_from": origin}))
+    for step in (2, 9):
+        pretend(tmp_path / "other", step)
+        assert checkpoint.find_resume(tmp_path / "own", origin) == newest
+
+
 @pytest.mark.parametrize(
     ("resume", "message"),
     [
         ("never", r'checkpoint.resume="never", but .*own holds step_00000007: start over in another --run.dir'),
         ("own/checkpoints/step_00000003", r"step_00000003 is not the newest.* branch off into another --run.dir"),
+        ("other", r"other is not the newest checkpoint of .*own, nor what that run branched off"),
         ("nowhere", r"nowhere is neither a checkpoint nor a run directory"),
         ("empty", r"empty is neither a checkpoint nor a run directory"),
     ],
 )
 def test_resume_refuses_what_would_do_damage_or_is_no_checkpoint(tmp_path, resume, message):
     pretend(tmp_path / "own", 3, 7)
+    pretend(tmp_path / "other", 2, 4)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         checkpoint.find_resume(tmp_path / "own", resume if resume == "never" else str(tmp_path / resume))

