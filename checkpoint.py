@@ -181,6 +181,6 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load weights alone into an unsharded model, without a process group."""
-    with warnings.catch_warnings():  # that there is no process group is what we want
+    with warnings.catch_warnings():  # there is no process group, on purpose
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load({"model": model.state_dict()}, checkpoint_id=path)

@@ -10,7 +10,7 @@ The contract (laws 3 and 8 of this project):
 - Which rows make up the global batch of a step is a function of (seed, step) alone. How many ranks there are only
   decides how those rows are dealt out: TP peers get the same ones, DP ranks different ones.
 
-The way of the data: source -> tokenizer -> one memory-mapped stream of tokens, made once per (documents, tokenizer) in
+The path of the data: source -> tokenizer -> one memory-mapped stream of tokens, made once per (documents, tokenizer) in
 the cache of `datasets` -> `Rows`, which is arithmetic on document boundaries -> batches of row numbers -> loader.
 
 Shapes: B rows of a micro-batch, T = seq_len.
@@ -62,7 +62,7 @@ class DataConfig:
     seq_len: Annotated[int, "inputs and targets in a row"] = 256
     layout: Annotated[Literal["pad", "pack"], "rows of one document, padded; or documents end to end, cut"] = "pad"
     val_fraction: Annotated[float, "share of the documents held out for validation; 0 = no validation"] = 0.01
-    num_workers: Annotated[int, "loader processes a rank; 0 = load in the training process"] = 0
+    num_workers: Annotated[int, "loader processes per rank; 0 = load in the training process"] = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
             f'it must be "stdlib", a path to {", ".join(BUILDERS)} with at least one document, or the id of a dataset '
             "on the Hub, with its data.subset and data.split"
         ) from error
-    if documents.builder_name == "text":  # empty lines separate documents, they are none
+    if documents.builder_name == "text":  # empty lines separate documents and are none themselves
         filled = documents.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
         return filled, documents._fingerprint
     if config.text_column not in documents.column_names:
@@ -244,7 +244,10 @@ def encode_documents(texts: list[str | None], tokenizer: Tokenizer, special: Spe
     Tokenizers have opinions of their own about BOS and EOS: they are switched off, so that each comes once, from here.
     """
     texts = [text for text in texts if text is not None]
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+    try:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"data.tokenizer cannot encode the documents: {error}") from error
     return {
         "input_ids": [[special.bos, *encoding.ids, special.eos] for encoding in encodings],
         "num_bytes": [len(text.encode()) for text in texts],
@@ -336,7 +339,7 @@ class TokenStream:
 
 
 class Rows(Dataset):
-    """Chosen documents of a stream, cut into rows; nothing is stored but document boundaries (24 bytes a document).
+    """Chosen documents of a stream, cut into rows; all it stores is document boundaries, 24 bytes each at most.
 
     `rows[[i, j, ...]]` through `__getitems__` gives (input_ids, targets), both (B, T) int64. Row -1 is all padding:
     it fills the last batch of an evaluation.
@@ -412,6 +415,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, path: Path) -> Corpus:
         Rows(stream, np.sort(documents), config.seq_len, config.layout, special.pad)
         for documents in (order[held_out:], order[:held_out])
     )
+    if held_out and validation.num_bytes == 0:  # bits per byte would divide by it
+        raise ValueError(f"data.val_fraction={config.val_fraction} holds out empty documents only: raise it")
     return Corpus(special, train, validation if held_out else None, stream.fingerprint())
 
 
@@ -419,7 +424,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, path: Path) -> Corpus:
 # Order: which rows a step trains on, and who gets which of them
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # one for training, one for evaluation
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
     """A permutation of all rows (8 bytes a row), a function of its arguments alone."""
     mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()

@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0 = from all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if min(arguments.temperature, arguments.top_k, arguments.max_new_tokens) < 0:
+        parser.error("--temperature, --top-k and --max-new-tokens must not be negative")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, tokenizer, special = load_run(arguments.run_dir, device)
@@ -82,7 +84,7 @@ def main() -> None:
         if not text.endswith("\ufffd"):  # half of a multi-byte character: wait for the rest
             print(text[len(printed) :], end="", flush=True)
             printed = text
-    print()
+    print(tokenizer.decode(new)[len(printed) :])  # a character that stayed incomplete
 
 
 if __name__ == "__main__":

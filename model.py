@@ -155,7 +155,7 @@ class Llama(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def tie_weights(self) -> None:
-        """Make head and embedding one parameter again, if configured: replacing either of them parts the two."""
+        """Make head and embedding one parameter again, if configured: replacing either one unties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

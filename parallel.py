@@ -4,7 +4,7 @@ The mesh always has three axes, also when some have size 1, so no code asks whet
 with dp_replicate = 1 and tp = 2, on one node (HSDP, dp_replicate > 1, adds such sheets, one per replica):
 
                     tp 0      tp 1
-    dp_shard 0    rank 0    rank 1     TP peers, a line: the same rows of tokens, different slices of every matrix. They
+    dp_shard 0    rank 0    rank 1     TP peers, a row: the same rows of tokens, different slices of every matrix. They
     dp_shard 1    rank 2    rank 3     talk several times in every block, so they are neighbours in one node.
     dp_shard 2    rank 4    rank 5     DP peers, a column: different rows of tokens. Each keeps 1/dp_shard of its slice
     dp_shard 3    rank 6    rank 7     and gathers the others' just before a block runs (FSDP).
@@ -27,7 +27,8 @@ V vocabulary. A branch starts with an all-gather and ends with a reduce-scatter;
     lm_head                    Shard(0) on V   (B, T/tp, D)           (B, T, V/tp), kept sharded   all-gather
     loss                                       (B, T, V/tp)           sum, the same on all tp      all-reduces of (B, T)
 
-The backward pass mirrors it: an all-gather becomes a reduce-scatter and the other way round. Megatron-LM,
+The backward pass mirrors it: an all-gather becomes a reduce-scatter and the other way round. What is replicated on tp
+(norms; k and v where tp does not divide the kv heads) has its gradient summed over tp in addition. Megatron-LM,
 arXiv:1909.08053; sequence parallelism, arXiv:2205.05198; FSDP, arXiv:2304.11277.
 """
 
@@ -57,7 +58,7 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from model import Llama, ModelConfig
 
@@ -100,16 +101,16 @@ def local_rank() -> int:
 
 
 def stop_all_ranks(message: str) -> NoReturn:
-    """End the job with one message for a person: rank 0 prints it, exit status 2. Every rank must call this.
+    """End the job with one message for a person, exit status 2. Every rank must call this; rank 0 speaks.
 
     torchrun ends all processes as soon as one exits, which would swallow a message that rank 0 was about to print: so
-    the other ranks keep silent and wait to be ended.
+    the other ranks keep silent and wait to be ended. If nobody ended them, the error is this node's alone.
     """
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if not is_main:
         time.sleep(PEER_PATIENCE_SECONDS)
-    sys.stderr.flush()
+    if is_main or local_rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(2)
 
 
@@ -305,13 +306,15 @@ KEPT_BY_SELECTIVE = [
 ]
 
 
-def apply_activation_checkpointing(block: nn.Module, mode: str) -> None:
-    """Recompute in backward what `mode` does not keep: less memory for more compute."""
-    if mode == "none":
-        return
-    selective = partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
-    context_fn = selective if mode == "selective" else noop_context_fn
+def keep_selected_activations(block: nn.Module) -> None:
+    """Backward recomputes a block's forward except KEPT_BY_SELECTIVE: norms, RoPE, activations, all-gathers."""
+    context_fn = partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
+
+
+def keep_no_activations(block: nn.Module) -> None:
+    """Backward recomputes a block's whole forward: only its input is kept."""
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def apply_compile(block: nn.Module) -> None:
@@ -345,15 +348,19 @@ def apply_fsdp(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> None:
 def parallelize(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> None:
     """Apply everything to a model on the meta device. No communication, no memory.
 
-    The order matters. TP first, as it decides what a block computes. Checkpointing wraps that computation, compile
-    sees both in one graph, and FSDP goes last, outside the graph, as it replaces the parameters between calls.
+    The order matters. TP first, as it decides what a block computes. Selective checkpointing marks operators, so the
+    compiler must see it; full checkpointing just calls the (compiled) block again. FSDP goes last, outside of all that,
+    as it replaces the parameters between calls.
     """
     if mesh["tp"].size() > 1:
         apply_tp(model, mesh["tp"])
     for block in model.model.layers:
-        apply_activation_checkpointing(block, config.activation_checkpointing)
+        if config.activation_checkpointing == "selective":
+            keep_selected_activations(block)
         if config.compile:
             apply_compile(block)
+        if config.activation_checkpointing == "full":
+            keep_no_activations(block)
     apply_fsdp(model, mesh, config)
 
 
@@ -385,15 +392,15 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sum_over_dp(mesh: DeviceMesh, *values: Tensor) -> Tensor:
-    """Sums over all DP ranks of scalars that TP peers share, as float64 on the device: one all-reduce, no sync."""
-    sums = torch.stack([value.double() for value in values]) / mesh["tp"].size()
+def sum_over_ranks(*values: Tensor) -> Tensor:
+    """Sums of scalars over all ranks, as float64 on the device: one all-reduce, no sync."""
+    sums = torch.stack([value.double() for value in values])
     dist.all_reduce(sums)
     return sums
 
 
-def gradient_square(model: nn.Module, mesh: DeviceMesh) -> Tensor:
-    """This rank's share of the squared norm of the whole model's gradient: `sum_over_dp` of it is the whole.
+def gradient_square(model: nn.Module) -> Tensor:
+    """This rank's share of the squared norm of the whole model's gradient: `sum_over_ranks` of it is the whole.
 
     A rank adds the squares of its own slices. What is copied on several ranks (norms over tp, everything over
     dp_replicate) counts once: it is divided by the number of copies, which is ranks / slices.
@@ -404,8 +411,8 @@ def gradient_square(model: nn.Module, mesh: DeviceMesh) -> Tensor:
         for g in gradients
     ]
     norms = torch.stack(torch._foreach_norm([gradient.to_local() for gradient in gradients])).double()
-    weights = torch.tensor(slices, dtype=torch.float64).to(norms.device, non_blocking=True) / mesh.size()
-    return norms.square() @ weights * mesh["tp"].size()
+    weights = torch.tensor(slices, dtype=torch.float64).to(norms.device, non_blocking=True) / dist.get_world_size()
+    return norms.square() @ weights
 
 
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:

@@ -112,13 +112,14 @@ def evaluate(model: Llama, mesh: DeviceMesh, config: Config, rows: data.Rows, de
     order = data.epoch_order(len(rows), seed=0, epoch=0)
     order = order[: config.train.eval_batches * config.train.global_batch_size or None]
     batches = data.deal(order, config.train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
-    loss, tokens = torch.zeros(2, device=device)
+    loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
     for input_ids, targets in data.make_loader(rows, batches, 0, device):
         input_ids, targets = input_ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with parallel.loss_context(mesh):
             loss += parallel.to_local(model(input_ids, targets))
         tokens += (targets != IGNORE_INDEX).sum()
-    loss, tokens = parallel.sum_over_dp(mesh, loss, tokens).tolist()
+    tp = mesh["tp"].size()  # TP peers have the same rows
+    loss, tokens = parallel.sum_over_ranks(loss / tp, tokens / tp).tolist()
     # comparable between tokenizers: bits per token x tokens per byte of the held-out text
     bits_per_byte = loss / tokens / math.log(2) * rows.num_targets / rows.num_bytes
     return {"val_loss": loss / tokens, "val_bits_per_byte": bits_per_byte, "val_tokens": int(tokens)}
@@ -158,6 +159,8 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps that are still under way are no pause
         start = time.perf_counter()
         yield
         self.paused_seconds += time.perf_counter() - start
@@ -236,6 +239,10 @@ def train(config: Config, device: torch.device) -> None:
     say = tqdm.write if is_main else lambda text: None
 
     # What the run directory holds, then the data: whatever is wrong with them is found before anything is written.
+    configurations = parallel.gather(configs.to_toml(config))
+    with parallel.errors_stop_all_ranks():
+        if len(set(configurations)) > 1:
+            raise ValueError("the configuration is not the same on all nodes: copy it, and start as many ranks on each")
     mesh = parallel.build_mesh(config.parallel, device)
     identity, resume_from, state = checkpoint.identity(configs.flatten(config)), None, {}
     with parallel.errors_stop_all_ranks():
@@ -258,13 +265,16 @@ def train(config: Config, device: torch.device) -> None:
     first_step = state.get("step", 0) + 1
     if first_step > train.steps:
         say(
-            f"{run_dir} is complete at step {first_step - 1}: extend it with --train.steps=N (N > {first_step - 1}), "
+            f"{resume_from} is complete: go on with --train.steps=N (N > {first_step - 1}), "
             "or start over with another --run.dir"
         )
         return
     with parallel.errors_stop_all_ranks():
         if is_main:
             checkpoint.prepare_run(run_dir, configs.to_toml(config), tokenizer_json, first_step)
+    with parallel.errors_stop_all_ranks():  # each rank writes its own slices of a checkpoint into it
+        if not (run_dir / "checkpoints").is_dir():
+            raise ValueError(f"run.dir={run_dir} is not the same directory on all nodes: use a shared file system")
 
     # The model: shapes, then slices, then memory, then values.
     with torch.device("meta"):
@@ -281,7 +291,7 @@ def train(config: Config, device: torch.device) -> None:
 
     batches = micro_batches(config, len(corpus.train), mesh, first_step)
     batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
-    _, dp_size = parallel.dp_rank_and_size(mesh)
+    tp, (_, dp_size) = config.parallel.tp, parallel.dp_rank_and_size(mesh)
     micro_steps = train.global_batch_size // (train.micro_batch_size * dp_size)
     say(
         f"Llama with {parameter_count(model_config):,} parameters, {config.parallel.param_dtype}, on {device.type}; "
@@ -305,7 +315,7 @@ def train(config: Config, device: torch.device) -> None:
     meter = Meter(config, device, first_step - 1, state.get("tokens", 0))
 
     for step in range(first_step, train.steps + 1):
-        loss, tokens = torch.zeros(2, device=device)
+        loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
         for _ in range(micro_steps):
             with meter.loading():
                 input_ids, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))  # (B, T)
@@ -316,7 +326,8 @@ def train(config: Config, device: torch.device) -> None:
             tokens += (targets != IGNORE_INDEX).sum()
 
         # One division by the token count of the whole global batch, and clipping, in one pass over the gradients
-        loss, tokens, square = parallel.sum_over_dp(mesh, loss, tokens, parallel.gradient_square(model, mesh))
+        square = parallel.gradient_square(model)
+        loss, tokens, square = parallel.sum_over_ranks(loss / tp, tokens / tp, square)  # TP peers have the same rows
         grad_norm = square.sqrt() / tokens
         clip = (optim.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if optim.grad_clip > 0 else 1.0
         parallel.scale_gradients(model, clip / tokens)
@@ -336,13 +347,14 @@ def train(config: Config, device: torch.device) -> None:
             log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
             bar.update(step - bar.n)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed['tokens_per_second']:,.0f} tokens/s")
-        with meter.paused():
-            if corpus.validation and due(step, train.eval_every, train.steps):
+        if corpus.validation and due(step, train.eval_every, train.steps):
+            with meter.paused():
                 result = evaluate(model, mesh, config, corpus.validation, device)
-                if is_main:
-                    log({"step": step, **result})
-                    say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
-            if due(step, config.checkpoint.every, train.steps):
+            if is_main:
+                log({"step": step, **result})
+                say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
+        if due(step, config.checkpoint.every, train.steps):
+            with meter.paused():
                 state |= {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
                 state["wandb_id"] = run.id if run is not None else state.get("wandb_id")
                 saved = checkpoint.save(run_dir, step, config.checkpoint.keep, model, optimizer, state)
@@ -371,8 +383,8 @@ def main() -> None:
         torch.use_deterministic_algorithms(True)
     device = parallel.init_distributed()
     train(config, device)
-    # gloo aborts a process now and then that ends with tensors of the model still alive: `train` has dropped its own,
-    # collect what hangs in cycles, and leave together
+    # gloo sometimes aborts a process that exits while tensors of the model are alive. `train` has dropped its
+    # references, so collect the cycles, then leave together.
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

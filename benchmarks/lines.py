@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ["model", "parallel", "data", "checkpoint", "train", "configs/__init__", "generate"]
+FILES = ["model", "parallel", "data", "checkpoint", "train", "configs/__init__", "generate", "explain"]
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -62,7 +62,7 @@ class RunConfig:
 
     dir: Annotated[str, 'the run directory; "" = runs/<name of the config file>'] = ""
     wandb: Annotated[Literal["disabled", "offline", "online"], "Weights & Biases, from rank 0"] = "disabled"
-    wandb_project: Annotated[str, "its project"] = "llama-pretrain"
+    wandb_project: Annotated[str, "name of the wandb project"] = "llama-pretrain"
     profile_steps: Annotated[list[int], "[first, last] step of a torch profiler trace of rank 0; [] = none"] = field(
         default_factory=list
     )
@@ -101,7 +101,7 @@ def flatten(config: Config) -> dict[str, Any]:
 def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def to_toml(config: Config) -> str:
@@ -186,7 +186,8 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], Path, list[str]]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.toml"))) or "none there"
+        near = [toml for toml in path.parent.glob("*.toml") if toml.name != "pyproject.toml"]
+        near = ", ".join(sorted(map(str, near or QUICKSTART.parent.glob("*.toml"))))
         errors.append(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}): name a file: {near}")
         tables = {}
     except tomllib.TOMLDecodeError as error:
@@ -249,7 +250,7 @@ def load(arguments: list[str]) -> Config:
     if torch.cuda.is_available() and local_world_size() > torch.cuda.device_count():
         errors.append(
             f"{local_world_size()} processes on this node but {torch.cuda.device_count()} GPUs: "
-            f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
+            f"use torchrun --nproc_per_node={torch.cuda.device_count()}, or CUDA_VISIBLE_DEVICES= for the CPU"
         )
     if errors:
         raise ConfigError("\n".join(errors))
@@ -316,6 +317,8 @@ def range_errors(config: Config) -> list[str]:
         errors.append(f"optim.min_lr_ratio={optim.min_lr_ratio} is outside [0, 1]")
     if 0 < train.steps < optim.warmup_steps:
         errors.append(warmup_error(optim.warmup_steps, train.steps))
+    if not 0 < len(config.run.wandb_project) <= 128 or set(config.run.wandb_project) & set("/\\#?%:"):
+        errors.append(f"run.wandb_project={config.run.wandb_project!r}: 1 to 128 characters, none of / \\ # ? % :")
     if config.run.profile_steps:
         first, *last = config.run.profile_steps
         if len(last) != 1 or not 1 <= first <= last[0]:

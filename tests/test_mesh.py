@@ -159,10 +159,12 @@ def test_other_models_and_layouts_hold_law_1_too(runs, world, overrides):
     assert_same(runs(world, train__micro_batch_size=2, **overrides), runs(1, **alone))
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (4, 2)], ids=["one rank", "dp2 x tp2"])
-def test_compiled_blocks_compute_the_same(runs, world, tp):
+def test_compiled_blocks_compute_the_same(runs, world, tp, checkpointing):
     """The compiler fuses and reorders float32 arithmetic: the same tolerance holds."""
-    assert_same(runs(world, parallel__tp=tp, parallel__compile=True, train__micro_batch_size=4), runs(1))
+    compiled = {"parallel__compile": True, "parallel__activation_checkpointing": checkpointing}
+    assert_same(runs(world, parallel__tp=tp, train__micro_batch_size=4, **compiled), runs(1))
 
 
 LONG = {"train__steps": 50, "train__eval_every": 0}
