@@ -265,7 +265,7 @@ def train(config: Config, device: torch.device) -> None:
     first_step = state.get("step", 0) + 1
     if first_step > train.steps:
         say(
-            f"{resume_from} is complete: go on with --train.steps=N (N > {first_step - 1}), "
+            f"complete at step {first_step - 1}, {resume_from}: go on with --train.steps=N (N > {first_step - 1}), "
             "or start over with another --run.dir"
         )
         return
