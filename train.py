@@ -340,9 +340,8 @@ def train(config: Config, device: torch.device) -> None:
         trace(step)
 
         if is_main and due(step, train.log_every, train.steps):
-            mean_loss, norm, total = torch.stack(
-                (loss / tokens, grad_norm, tokens_seen)
-            ).tolist()  # waits for the device
+            # .tolist() waits for the device
+            mean_loss, norm, total = torch.stack((loss / tokens, grad_norm, tokens_seen)).tolist()
             speed = meter.line(step, int(total))
             log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
             bar.update(step - bar.n)
