@@ -22,6 +22,8 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, dat
     checkpoints = checkpoint.complete_checkpoints(run_dir)
     if not checkpoints:
         raise ValueError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
+    if damage := checkpoint.damage(checkpoints[-1]):
+        raise ValueError("\n".join(damage))
     tables = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
     with torch.device("meta"):

@@ -47,6 +47,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public name for it
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -80,6 +81,7 @@ class ParallelConfig:
     ] = "none"
     compile: Annotated[bool, "torch.compile each block"] = False
     reshard_after_forward: Annotated[bool, "free gathered weights after forward, gather again in backward"] = True
+    timeout_seconds: Annotated[int, "after the first step: how long ranks wait for one before the job ends"] = 600
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +167,12 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     dp_shard = dist.get_world_size() // (config.dp_replicate * config.tp)
     names = ("dp_replicate", "dp_shard", "tp")
     return init_device_mesh(device.type, (config.dp_replicate, dp_shard, config.tp), mesh_dim_names=names)
+
+
+def set_timeout(mesh: DeviceMesh, seconds: int) -> None:
+    """How long a collective waits for the slowest rank, on all groups, from now on."""
+    for group in (None, *mesh.get_all_groups()):
+        _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def dp_rank_and_size(mesh: DeviceMesh) -> tuple[int, int]:

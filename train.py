@@ -14,6 +14,7 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import checkpoint
@@ -32,6 +35,7 @@ import data
 import parallel
 from configs import Config, OptimConfig
 from model import IGNORE_INDEX, Llama, flops_per_token, parameter_count
+from shutdown import Shutdown, signals_held
 
 # Dense bf16 FLOP/s of one GPU, from the vendors' datasheets. MFU is measured against this, whatever the dtype.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
@@ -52,6 +56,25 @@ def make_optimizer(model: Llama, optim: OptimConfig) -> torch.optim.AdamW:
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def choose_checkpoint(candidates: list[Path], say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    """The first of the candidates, the newest, that is intact, and the damaged ones before it. All ranks read along."""
+    with parallel.errors_stop_all_ranks():
+        if not all(path.is_dir() for path in candidates):
+            raise ValueError("run.dir is not the same directory on all nodes: use a shared file system")
+    damaged = []
+    for path in candidates:
+        found = parallel.gather(checkpoint.damage(path, dist.get_rank(), dist.get_world_size()))
+        found = list(dict.fromkeys(line for lines in found for line in lines))
+        if not found:
+            return path, damaged
+        damaged.append(path)
+        say("WARNING: a damaged checkpoint, trying the one before it:\n  " + "\n  ".join(found))
+    with parallel.errors_stop_all_ranks():
+        if damaged:
+            raise ValueError(f"no checkpoint is intact, {damaged[-1]} was the last: start over in another --run.dir")
+    return None, damaged
 
 
 def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
@@ -107,13 +130,22 @@ def micro_batches(config: Config, num_rows: int, mesh: DeviceMesh, first_step: i
 
 
 @torch.no_grad()
-def evaluate(model: Llama, mesh: DeviceMesh, config: Config, rows: data.Rows, device: torch.device) -> dict[str, Any]:
-    """Mean loss per token over the held-out rows, each once, on whatever mesh."""
+def evaluate(
+    model: Llama,
+    mesh: DeviceMesh,
+    config: Config,
+    rows: data.Rows,
+    device: torch.device,
+    abandon: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Mean loss per token over the held-out rows, each once, on any mesh; None if all ranks agree to abandon it."""
     order = data.epoch_order(len(rows), seed=0, epoch=0)
     order = order[: config.train.eval_batches * config.train.global_batch_size or None]
     batches = data.deal(order, config.train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
     loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
     for input_ids, targets in data.make_loader(rows, batches, 0, device):
+        if abandon():
+            return None
         input_ids, targets = input_ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with parallel.loss_context(mesh):
             loss += parallel.to_local(model(input_ids, targets))
@@ -182,6 +214,26 @@ class Meter:
         return line
 
 
+class SkippedSteps:
+    """Which steps the optimizer has skipped because their loss or gradient was not finite."""
+
+    def __init__(self, most_in_a_row: int):
+        self.flags, self.in_a_row, self.most_in_a_row = {}, 0, most_in_a_row
+
+    def record(self, step: int, flag: Tensor) -> None:
+        """The flag stays on the device."""
+        self.flags[step] = flag
+
+    def read(self) -> list[int]:
+        """The skipped steps since the last call. Waits for the device; all ranks get the same."""
+        skipped, flags = [], torch.stack([*self.flags.values()]).tolist() if self.flags else []
+        for step, flag in zip(self.flags, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if flag else 0
+            skipped += [step] if flag else []
+        self.flags.clear()
+        return skipped
+
+
 def make_tracer(config: Config, run_dir: Path, first_step: int) -> Callable[[int], None]:
     """To be called before the first step and after each: writes rank 0's Chrome trace of run.profile_steps."""
     first, last = config.run.profile_steps or (0, 0)
@@ -244,14 +296,17 @@ def train(config: Config, device: torch.device) -> None:
         if len(set(configurations)) > 1:
             raise ValueError("the configuration is not the same on all nodes: copy it, and start as many ranks on each")
     mesh = parallel.build_mesh(config.parallel, device)
-    identity, resume_from, state = checkpoint.identity(configs.flatten(config)), None, {}
+    identity, candidates, lock, state = checkpoint.identity(configs.flatten(config)), [], None, {}
     with parallel.errors_stop_all_ranks():
         if is_main:
             check_wandb(config)
             checkpoint.check_writable(run_dir)
-            resume_from = checkpoint.find_resume(run_dir, config.checkpoint.resume)
+            candidates = checkpoint.find_resume(run_dir, config.checkpoint.resume)
+    candidates = parallel.from_rank_0(candidates)
+    resume_from, damaged = choose_checkpoint(candidates, say)
+    with parallel.errors_stop_all_ranks():
+        if is_main:
             checkpoint.refuse_another_run(resume_from, run_dir, identity)
-    resume_from = parallel.from_rank_0(resume_from)
     tokenizer_json, corpus = prepare_data(config, run_dir)
     digests = {"tokenizer": hashlib.sha256(tokenizer_json.encode()).hexdigest()[:32], "data": corpus.fingerprint}
     identity = checkpoint.identity(configs.flatten(config)) | digests
@@ -271,7 +326,10 @@ def train(config: Config, device: torch.device) -> None:
         return
     with parallel.errors_stop_all_ranks():
         if is_main:
-            checkpoint.prepare_run(run_dir, configs.to_toml(config), tokenizer_json, first_step)
+            lock = checkpoint.lock(run_dir)
+            if checkpoint.find_resume(run_dir, config.checkpoint.resume) != candidates:
+                raise ValueError(f"run.dir={run_dir} was still being written by another job: start again")
+            checkpoint.prepare_run(run_dir, configs.to_toml(config), tokenizer_json, first_step, damaged)
     with parallel.errors_stop_all_ranks():  # each rank writes its own slices of a checkpoint into it
         if not (run_dir / "checkpoints").is_dir():
             raise ValueError(f"run.dir={run_dir} is not the same directory on all nodes: use a shared file system")
@@ -289,8 +347,6 @@ def train(config: Config, device: torch.device) -> None:
         if state["total_steps"] != train.steps:
             say(f"{train.steps} steps now instead of {state['total_steps']}: the cosine is another one from here on")
 
-    batches = micro_batches(config, len(corpus.train), mesh, first_step)
-    batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
     tp, (_, dp_size) = config.parallel.tp, parallel.dp_rank_and_size(mesh)
     micro_steps = train.global_batch_size // (train.micro_batch_size * dp_size)
     say(
@@ -299,20 +355,56 @@ def train(config: Config, device: torch.device) -> None:
         f"{len(corpus.train):,} training rows of {config.data.seq_len} tokens; a step takes {train.global_batch_size}, "
         f"in {micro_steps} micro-steps of {train.micro_batch_size} on {dp_size} data-parallel ranks"
     )
-    run = start_wandb(config, state.get("wandb_id"))
+    shutdown = Shutdown(mesh, config.parallel.timeout_seconds)
+    saver = checkpoint.Saver(run_dir, config.checkpoint)
+    batches = micro_batches(config, len(corpus.train), mesh, first_step)
+    with signals_held():
+        batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
+        run = start_wandb(config, state.get("wandb_id"))
+    problems, skipped = [], SkippedSteps(train.max_skipped_steps)
     metrics = (run_dir / "metrics.jsonl").open("a") if is_main else None
     bar = tqdm(total=train.steps, initial=first_step - 1, disable=not is_main, unit="step", dynamic_ncols=True)
 
     def log(record: dict[str, Any]) -> None:
-        metrics.write(json.dumps(record) + "\n")
-        metrics.flush()
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            metrics.write(json.dumps(numbers) + "\n")
+            metrics.flush()
+        except OSError as error:
+            problems.append(OSError(f"{metrics.name} cannot be written: {error}: make room; the same command goes on"))
         if run is not None:
             run.log(record, step=record["step"])
+
+    def report_skipped() -> None:
+        for step in skipped.read():
+            rows = data.rows_of_step(step, len(corpus.train), train.global_batch_size, train.seed).tolist()
+            say(f"step {step} skipped: its loss or gradient is not finite; rows {rows}")
+            if is_main:
+                log({"step": step, "skipped_rows": rows})
+        if skipped.in_a_row > train.max_skipped_steps:
+            with parallel.errors_stop_all_ranks():
+                saver.wait()
+                raise ValueError(
+                    f"{skipped.in_a_row} steps in a row, up to step {step}, had no finite loss or gradient: more than "
+                    f"train.max_skipped_steps={train.max_skipped_steps}; lower optim.lr or look at the rows named above"
+                )
+
+    def validate(step: int) -> bool:
+        """False when it was abandoned."""
+        with meter.paused():
+            abandon = lambda: step < train.steps and shutdown.agreed()  # noqa: E731
+            result = evaluate(model, mesh, config, corpus.validation, device, abandon)
+        if result and is_main:
+            log({"step": step, **result})
+            say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
+        return result is not None
 
     trace = make_tracer(config, run_dir, first_step)
     trace(first_step - 1)
     tokens_seen = torch.tensor(state.get("tokens", 0), dtype=torch.float64, device=device)
     meter = Meter(config, device, first_step - 1, state.get("tokens", 0))
+    if state.get("unevaluated"):  # the run was stopped before it came to that
+        validate(first_step - 1)
 
     for step in range(first_step, train.steps + 1):
         loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
@@ -334,41 +426,64 @@ def train(config: Config, device: torch.device) -> None:
         lr = learning_rate(step, train.steps, optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        finite = loss.isfinite() & grad_norm.isfinite()  # the same on all ranks
+        optimizer.found_inf = (~finite).float()  # told so, the fused kernel leaves weights and moments as they are
         optimizer.step()
         optimizer.zero_grad()
+        skipped.record(step, ~finite)
         tokens_seen += tokens
         trace(step)
 
-        if is_main and due(step, train.log_every, train.steps):
+        if due(step, train.log_every, train.steps):
+            report_skipped()
             # .tolist() waits for the device
             mean_loss, norm, total = torch.stack((loss / tokens, grad_norm, tokens_seen)).tolist()
-            speed = meter.line(step, int(total))
-            log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed['tokens_per_second']:,.0f} tokens/s")
-        if corpus.validation and due(step, train.eval_every, train.steps):
-            with meter.paused():
-                result = evaluate(model, mesh, config, corpus.validation, device)
             if is_main:
-                log({"step": step, **result})
-                say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
-        if due(step, config.checkpoint.every, train.steps):
-            with meter.paused():
+                speed = meter.line(step, int(total))
+                log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
+                bar.update(step - bar.n)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed['tokens_per_second']:,.0f} tokens/s")
+        stopping = shutdown.agreed(problems) and step < train.steps
+        unevaluated = False
+        if corpus.validation and due(step, train.eval_every, train.steps):
+            unevaluated = stopping or not validate(step)
+        stopping |= unevaluated
+        if due(step, config.checkpoint.every, train.steps) or stopping:
+            report_skipped()
+            status = "stopped" if stopping else "complete" if step == train.steps else "saved"
+            with meter.paused(), parallel.errors_stop_all_ranks():
+                shutdown.unwatch()
                 state |= {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
+                state |= {"status": f"{status} at step {step}", "unevaluated": unevaluated}
                 state["wandb_id"] = run.id if run is not None else state.get("wandb_id")
-                saved = checkpoint.save(run_dir, step, config.checkpoint.keep, model, optimizer, state)
+                saver.save(step, model, optimizer, state)
+        if stopping:
+            break
 
     bar.close()
+    with parallel.errors_stop_all_ranks():
+        saver.wait()
+        if problems:
+            raise problems[0]
+    shutdown.unwatch()
     if is_main:
         metrics.close()
+        lock.close()
     if run is not None:
         run.finish()
-    say(f"complete at step {train.steps}: checkpoint {saved}, metrics {run_dir}/metrics.jsonl")
+    newest = run_dir / "checkpoints" / f"step_{step:08d}"
+    if stopping:
+        say(f"the same command goes on from {newest}")
+        say(f"stopped at step {step}")
+        return
+    say(f"complete at step {step}: checkpoint {newest}, metrics {run_dir}/metrics.jsonl")
     say(f'sample from it: python generate.py {run_dir} --prompt "def "')
 
 
+@record  # torchrun then shows the traceback of the rank that failed first
 def main() -> None:
-    """Exit status 0 when the run is complete, 2 when the user's input is wrong (torchrun makes it 1)."""
+    """Exit status 0 when the run is complete or was stopped on request, 2 when the user's input is wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save, so no traceback
     if {"-h", "--help"} & set(sys.argv):
         if int(os.environ.get("RANK", 0)) == 0:
             print(configs.help_text())

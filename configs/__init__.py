@@ -51,6 +51,7 @@ class TrainConfig:
     micro_batch_size: Annotated[int, "rows of one forward pass of one rank"] = 8
     seed: Annotated[int, "of the initial weights and of the order of the data"] = 0
     deterministic: Annotated[bool, "only deterministic GPU kernels: slower, and resuming is exact to the bit"] = False
+    max_skipped_steps: Annotated[int, "non-finite steps in a row that are skipped; one more ends the run"] = 10
     log_every: Annotated[int, "steps between lines in metrics.jsonl"] = 1
     eval_every: Annotated[int, "steps between evaluations; 0 = only at the end"] = 0
     eval_batches: Annotated[int, "global batches of one evaluation; 0 = all"] = 0
@@ -271,6 +272,7 @@ def range_errors(config: Config) -> list[str]:
     at_least = {f"model.{key}": low for key, low in at_least.items()} | {
         "model.vocab_size": 0,
         "model.head_dim": 1,
+        "parallel.timeout_seconds": 1,
         "data.seq_len": 1,
         "data.num_workers": 0,
         "data.tokenizer_train_mib": 1,
@@ -281,6 +283,7 @@ def range_errors(config: Config) -> list[str]:
         "train.epochs": 1,
         "train.global_batch_size": 1,
         "train.micro_batch_size": 1,
+        "train.max_skipped_steps": 0,
         "train.log_every": 1,
         "train.eval_every": 0,
         "train.eval_batches": 0,
