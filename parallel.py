@@ -60,6 +60,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from tqdm import tqdm
 
 from model import Llama, ModelConfig
 
@@ -112,7 +113,8 @@ def stop_all_ranks(message: str) -> NoReturn:
     if not is_main:
         time.sleep(PEER_PATIENCE_SECONDS)
     if is_main or local_rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
+        sys.stderr.flush()
     os._exit(2)
 
 

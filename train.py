@@ -7,16 +7,12 @@
 Arguments: [CONFIG.toml] [--section.key=value ...]; `--help` lists every key. Running the same command again resumes.
 """
 
-import contextlib
 import gc
 import hashlib
-import json
 import math
 import os
-import resource
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,18 +23,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from tqdm import tqdm
 
 import checkpoint
 import configs
 import data
 import parallel
 from configs import Config, OptimConfig
-from model import IGNORE_INDEX, Llama, flops_per_token, parameter_count
+from model import IGNORE_INDEX, Llama, parameter_count
+from monitor import Meter, Monitor, check_wandb, make_tracer, say
 from shutdown import Shutdown, signals_held
-
-# Dense bf16 FLOP/s of one GPU, from the vendors' datasheets. MFU is measured against this, whatever the dtype.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
@@ -58,7 +51,7 @@ def make_optimizer(model: Llama, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def choose_checkpoint(candidates: list[Path], say: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+def choose_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[Path]]:
     """The first of the candidates, the newest, that is intact, and the damaged ones before it. All ranks read along."""
     with parallel.errors_stop_all_ranks():
         if not all(path.is_dir() for path in candidates):
@@ -157,68 +150,11 @@ def evaluate(
     return {"val_loss": loss / tokens, "val_bits_per_byte": bits_per_byte, "val_tokens": int(tokens)}
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The device's peak; on CPU the process's largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Of all ranks together; None where the device is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops * dist.get_world_size() for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
-
-
-class Meter:
-    """What a step costs, as a mean over the steps since the last line; evaluation and checkpoints do not count."""
-
-    def __init__(self, config: Config, device: torch.device, step: int, tokens: int):
-        self.device, self.step, self.tokens, self.peak = device, step, tokens, peak_flops(device)
-        positions = config.train.global_batch_size * config.data.seq_len  # padding is computed like everything else
-        self.flops_per_step = positions * flops_per_token(config.model, config.data.seq_len)
-        self.restart()
-
-    def restart(self) -> None:
-        self.start, self.data_seconds, self.paused_seconds = time.perf_counter(), 0.0, 0.0
-
-    @contextlib.contextmanager
-    def loading(self):
-        start = time.perf_counter()
-        yield
-        self.data_seconds += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # steps that are still under way are no pause
-        start = time.perf_counter()
-        yield
-        self.paused_seconds += time.perf_counter() - start
-
-    def line(self, step: int, tokens: int) -> dict[str, Any]:
-        """`tokens` so far, read from the device just now: the steps have really ended."""
-        steps = step - self.step
-        seconds = (time.perf_counter() - self.start - self.paused_seconds) / steps
-        line = {
-            "tokens": tokens,
-            "step_seconds": seconds,
-            "tokens_per_second": (tokens - self.tokens) / steps / seconds,
-            "mfu": self.flops_per_step / seconds / self.peak if self.peak else None,
-            "peak_memory_gib": peak_memory_gib(self.device),
-            "data_seconds": self.data_seconds / steps,
-        }
-        self.step, self.tokens = step, tokens
-        self.restart()
-        return line
-
-
 class SkippedSteps:
     """Which steps the optimizer has skipped because their loss or gradient was not finite."""
 
-    def __init__(self, most_in_a_row: int):
-        self.flags, self.in_a_row, self.most_in_a_row = {}, 0, most_in_a_row
+    def __init__(self):
+        self.flags, self.in_a_row = {}, 0
 
     def record(self, step: int, flag: Tensor) -> None:
         """The flag stays on the device."""
@@ -234,52 +170,6 @@ class SkippedSteps:
         return skipped
 
 
-def make_tracer(config: Config, run_dir: Path, first_step: int) -> Callable[[int], None]:
-    """To be called before the first step and after each: writes rank 0's Chrome trace of run.profile_steps."""
-    first, last = config.run.profile_steps or (0, 0)
-    if dist.get_rank() != 0 or not first_step <= first <= config.train.steps:
-        return lambda step: None
-    profiler = torch.profiler.profile()
-
-    def trace(step: int) -> None:
-        if step == first - 1:
-            profiler.start()
-        if step == min(last, config.train.steps):
-            profiler.stop()
-            profiler.export_chrome_trace(str(run_dir / f"trace_steps_{first}_{last}.json"))
-
-    return trace
-
-
-def check_wandb(config: Config) -> None:
-    """Raise ValueError if the run is to be sent to wandb's server and there is no account to send it with."""
-    if config.run.wandb != "online":
-        return
-    import wandb
-
-    with contextlib.suppress(wandb.errors.Error):
-        if wandb.login(prompt=False):
-            return
-    raise ValueError('run.wandb="online" needs an account: run `wandb login` once, or use run.wandb=offline')
-
-
-def start_wandb(config: Config, run_id: str | None) -> Any:
-    """A run of wandb on rank 0, the same one when resuming; None when switched off."""
-    if config.run.wandb == "disabled" or dist.get_rank() != 0:
-        return None
-    import wandb
-
-    return wandb.init(
-        project=config.run.wandb_project,
-        dir=config.run.dir,
-        mode=config.run.wandb,
-        id=run_id,
-        resume="allow",
-        config=configs.flatten(config),
-        settings=wandb.Settings(silent=True),
-    )
-
-
 def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
@@ -288,7 +178,6 @@ def train(config: Config, device: torch.device) -> None:
     """Everything between the configuration and the end of the process group."""
     model_config, optim, train, run_dir = config.model, config.optim, config.train, Path(config.run.dir)
     is_main = dist.get_rank() == 0
-    say = tqdm.write if is_main else lambda text: None
 
     # What the run directory holds, then the data: whatever is wrong with them is found before anything is written.
     configurations = parallel.gather(configs.to_toml(config))
@@ -303,7 +192,7 @@ def train(config: Config, device: torch.device) -> None:
             checkpoint.check_writable(run_dir)
             candidates = checkpoint.find_resume(run_dir, config.checkpoint.resume)
     candidates = parallel.from_rank_0(candidates)
-    resume_from, damaged = choose_checkpoint(candidates, say)
+    resume_from, damaged = choose_checkpoint(candidates)
     with parallel.errors_stop_all_ranks():
         if is_main:
             checkpoint.refuse_another_run(resume_from, run_dir, identity)
@@ -360,49 +249,33 @@ def train(config: Config, device: torch.device) -> None:
     batches = micro_batches(config, len(corpus.train), mesh, first_step)
     with signals_held():
         batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
-        run = start_wandb(config, state.get("wandb_id"))
-    problems, skipped = [], SkippedSteps(train.max_skipped_steps)
-    metrics = (run_dir / "metrics.jsonl").open("a") if is_main else None
-    bar = tqdm(total=train.steps, initial=first_step - 1, disable=not is_main, unit="step", dynamic_ncols=True)
-
-    def log(record: dict[str, Any]) -> None:
-        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        try:
-            metrics.write(json.dumps(numbers) + "\n")
-            metrics.flush()
-        except OSError as error:
-            problems.append(OSError(f"{metrics.name} cannot be written: {error}: make room; the same command goes on"))
-        if run is not None:
-            run.log(record, step=record["step"])
+        monitor = Monitor(config, first_step, state.get("wandb_id"))
+    trace = make_tracer(config, first_step)
+    trace(first_step - 1)
+    tokens_seen = torch.tensor(state.get("tokens", 0), dtype=torch.float64, device=device)
+    meter, skipped = Meter(config, device, first_step - 1, state.get("tokens", 0)), SkippedSteps()
 
     def report_skipped() -> None:
         for step in skipped.read():
-            rows = data.rows_of_step(step, len(corpus.train), train.global_batch_size, train.seed).tolist()
-            say(f"step {step} skipped: its loss or gradient is not finite; rows {rows}")
-            if is_main:
-                log({"step": step, "skipped_rows": rows})
+            rows = data.rows_of_step(step, len(corpus.train), train.global_batch_size, train.seed)
+            monitor.log({"step": step, "skipped_rows": rows.tolist()})
         if skipped.in_a_row > train.max_skipped_steps:
             with parallel.errors_stop_all_ranks():
                 saver.wait()
                 raise ValueError(
-                    f"{skipped.in_a_row} steps in a row, up to step {step}, had no finite loss or gradient: more than "
-                    f"train.max_skipped_steps={train.max_skipped_steps}; lower optim.lr or look at the rows named above"
+                    f"{skipped.in_a_row} steps in a row had no finite loss or gradient, more than "
+                    f"train.max_skipped_steps={train.max_skipped_steps}: lower optim.lr or look at the rows named above"
                 )
 
     def validate(step: int) -> bool:
-        """False when it was abandoned."""
+        """False when it was abandoned: all ranks were asked to stop."""
         with meter.paused():
             abandon = lambda: step < train.steps and shutdown.agreed()  # noqa: E731
             result = evaluate(model, mesh, config, corpus.validation, device, abandon)
-        if result and is_main:
-            log({"step": step, **result})
-            say("step {}: validation loss {:.4f}, {:.4f} bits per byte".format(step, *result.values()))
+        if result is not None:
+            monitor.log({"step": step, **result})
         return result is not None
 
-    trace = make_tracer(config, run_dir, first_step)
-    trace(first_step - 1)
-    tokens_seen = torch.tensor(state.get("tokens", 0), dtype=torch.float64, device=device)
-    meter = Meter(config, device, first_step - 1, state.get("tokens", 0))
     if state.get("unevaluated"):  # the run was stopped before it came to that
         validate(first_step - 1)
 
@@ -438,12 +311,9 @@ def train(config: Config, device: torch.device) -> None:
             report_skipped()
             # .tolist() waits for the device
             mean_loss, norm, total = torch.stack((loss / tokens, grad_norm, tokens_seen)).tolist()
-            if is_main:
-                speed = meter.line(step, int(total))
-                log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
-                bar.update(step - bar.n)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, lr {lr:.1e}, {speed['tokens_per_second']:,.0f} tokens/s")
-        stopping = shutdown.agreed(problems) and step < train.steps
+            speed = meter.line(step, int(total))
+            monitor.log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
+        stopping = shutdown.agreed(monitor.problems) and step < train.steps
         unevaluated = False
         if corpus.validation and due(step, train.eval_every, train.steps):
             unevaluated = stopping or not validate(step)
@@ -455,22 +325,18 @@ def train(config: Config, device: torch.device) -> None:
                 shutdown.unwatch()
                 state |= {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
                 state |= {"status": f"{status} at step {step}", "unevaluated": unevaluated}
-                state["wandb_id"] = run.id if run is not None else state.get("wandb_id")
+                state["wandb_id"] = monitor.wandb.id if monitor.wandb else state.get("wandb_id")
                 saver.save(step, model, optimizer, state)
         if stopping:
             break
 
-    bar.close()
+    shutdown.agreed(monitor.problems)
+    shutdown.unwatch()
     with parallel.errors_stop_all_ranks():
         saver.wait()
-        if problems:
-            raise problems[0]
-    shutdown.unwatch()
-    if is_main:
-        metrics.close()
+    monitor.close()
+    if lock is not None:
         lock.close()
-    if run is not None:
-        run.finish()
     newest = run_dir / "checkpoints" / f"step_{step:08d}"
     if stopping:
         say(f"the same command goes on from {newest}")
