@@ -1,4 +1,7 @@
-"""Checkpoints come back on any mesh, a kill at any instant leaves one that loads, and generate.py samples from them."""
+"""Checkpoints come back on any mesh; a kill, a full disk or a flipped bit at any instant leaves one that loads.
+
+And generate.py samples from them.
+"""
 
 import contextlib
 import copy
@@ -26,6 +29,7 @@ import data
 import generate
 import parallel
 import train
+from checkpoint import CheckpointConfig, Saver
 from configs import Config, OptimConfig
 from model import Llama, ModelConfig
 
@@ -79,14 +83,18 @@ class Trainee:
         return {name: tensor.detach().numpy().copy() for name, tensor in whole.items()}
 
 
-def train_and_save(run_dir: Path, tp: int, tied: bool, tokenizer: str) -> tuple[dict, dict]:
+def train_and_save(
+    run_dir: Path, tp: int, tied: bool = False, tokenizer: str = "", async_save: bool = False
+) -> tuple[dict, dict]:
     """Three steps, a checkpoint, and one step more: the values at the checkpoint, and after."""
     trainee = Trainee(tp, tied)
     trainee.advance(3)
     if dist.get_rank() == 0:
-        checkpoint.prepare_run(run_dir, configs.to_toml(Config(model=shape(tied))), tokenizer, first_step=1)
+        checkpoint.prepare_run(run_dir, configs.to_toml(Config(model=shape(tied))), tokenizer, 1, [])
     dist.barrier()
-    checkpoint.save(run_dir, 3, 2, trainee.model, trainee.optimizer, STATE)
+    saver = Saver(run_dir, CheckpointConfig(async_save=async_save))
+    saver.save(3, trainee.model, trainee.optimizer, STATE)
+    saver.wait()
     saved = trainee.values()
     trainee.advance(1)
     return saved, trainee.values()
@@ -115,8 +123,9 @@ def names_after_saves(run_dir: Path, steps: list[int], keep: int) -> list[list[s
     """What the folder holds after each save."""
     trainee, seen = Trainee(tp=1), []
     (run_dir / "checkpoints").mkdir(parents=True)
+    saver = Saver(run_dir, CheckpointConfig(keep=keep))
     for step in steps:
-        checkpoint.save(run_dir, step, keep, trainee.model, trainee.optimizer, STATE)
+        saver.save(step, trainee.model, trainee.optimizer, STATE)
         seen.append(sorted(path.name for path in (run_dir / "checkpoints").iterdir()))
     return seen
 
@@ -137,14 +146,19 @@ def power_cut(number: int) -> Iterator[None]:
         yield
 
 
-def save_under_power_cuts(run_dir: Path) -> list[tuple[str, int]]:
+def save_under_power_cuts(run_dir: Path, async_save: bool) -> list[tuple[str, int]]:
     """Cut the power at every point of a save that also prunes.
 
     After each cut every checkpoint loads; returns the newest one's name and the step that its state.json claims.
     """
     trainee, survivors = Trainee(tp=1), []
-    save = partial(checkpoint.save, run_dir, keep=1, model=trainee.model, optimizer=trainee.optimizer, state=STATE)
-    checkpoint.prepare_run(run_dir, "", "", first_step=1)
+    checkpoint.prepare_run(run_dir, "", "", 1, [])
+
+    def save(step: int) -> None:
+        saver = Saver(run_dir, CheckpointConfig(keep=1, async_save=async_save))
+        saver.save(step, trainee.model, trainee.optimizer, STATE)
+        saver.wait()
+
     for cut in count(1):
         trainee.advance(1)
         save(step=2 * cut)
@@ -162,7 +176,7 @@ def save_under_power_cuts(run_dir: Path) -> list[tuple[str, int]]:
             checkpoint.load(path, trainee.model, trainee.optimizer)
             step = checkpoint.read_state(path)["step"]
             assert_equal(trainee.values(), {2 * cut: before, 2 * cut + 1: after}[step])
-        checkpoint.prepare_run(run_dir, "", "", first_step=1)
+        checkpoint.prepare_run(run_dir, "", "", 1, [])
         left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         assert left[-1] == path.name and all(name.startswith("step_") for name in left)
         survivors.append((path.name, step))
@@ -204,7 +218,9 @@ def assert_equal(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
 def test_weights_and_moments_come_back_exactly_on_any_mesh(ranks, written, world, tp):
     tied, folder, saved, later = written
     path = folder / "checkpoints/step_00000003"
-    assert checkpoint.read_state(path) == {"step": 3, **STATE}
+    state = checkpoint.read_state(path)
+    assert state.pop("files").keys() == {".metadata", *(f"__{rank}_0.distcp" for rank in range(4))}
+    assert state == {"step": 3, **STATE}
     for loaded, next_step in ranks(world, load_and_train, path, tp, tied):
         assert_equal(loaded, saved)
         assert any(name.endswith("/exp_avg_sq") and value.any() for name, value in loaded.items())
@@ -230,8 +246,9 @@ def test_the_newest_checkpoints_are_kept_and_nothing_else(ranks, tmp_path, keep)
     assert seen == [names[max(0, i + 1 - keep) : i + 1] for i in range(len(steps))]
 
 
-def test_a_power_cut_at_any_point_of_a_save_leaves_a_checkpoint_that_loads(ranks, tmp_path):
-    (survivors,) = ranks(1, save_under_power_cuts, tmp_path)
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_power_cut_at_any_point_of_a_save_leaves_a_checkpoint_that_loads(ranks, tmp_path, async_save):
+    (survivors,) = ranks(1, save_under_power_cuts, tmp_path, async_save)
     assert all(name == f"step_{step:08d}" for name, step in survivors)
     before, after = ([step for _, step in survivors if step % 2 == odd] for odd in (0, 1))
     assert len(before) >= 4 and len(after) >= 4, "cuts before the new one is complete, and while the old one goes"
@@ -247,15 +264,20 @@ def pretend(run_dir: Path, *steps: int, prefix: str = "step_") -> list[Path]:
     paths = [run_dir / "checkpoints" / f"{prefix}{step:08d}" for step in steps]
     for path, step in zip(paths, steps, strict=True):
         path.mkdir(parents=True)
-        (path / "state.json").write_text(json.dumps({"step": step, "identity": {}}))
+        write_state(path, {"step": step, "identity": {}, "files": {}})
     return paths
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """state.json with a checksum that fits."""
+    (path / "state.json").write_text(json.dumps({**state, "crc32": checkpoint.state_checksum(state)}))
 
 
 def test_an_unfinished_save_is_never_taken_for_a_checkpoint_and_removed_at_the_next_start(tmp_path):
     (done,), (unfinished,) = pretend(tmp_path, 5), pretend(tmp_path, 9, prefix=".tmp-step_")
     assert checkpoint.complete_checkpoints(tmp_path) == [done]
-    assert checkpoint.find_resume(tmp_path, "auto") == done
-    checkpoint.prepare_run(tmp_path, "a = 1\n", "{}", first_step=6)
+    assert checkpoint.find_resume(tmp_path, "auto") == [done]
+    checkpoint.prepare_run(tmp_path, "a = 1\n", "{}", 6, [])
     assert not unfinished.exists() and done.exists()
     with pytest.raises(ValueError, match="neither a checkpoint nor a run directory"):
         pretend(tmp_path / "other", 3, prefix=".tmp-step_")
@@ -271,30 +293,33 @@ def test_checkpoints_are_ordered_by_step(tmp_path):
 @pytest.mark.parametrize(
     ("own", "resume", "expected"),
     [
-        ([], "auto", None),
-        ([3, 7], "auto", "own/checkpoints/step_00000007"),
-        ([], "never", None),
-        ([], "other", "other/checkpoints/step_00000004"),
-        ([], "other/checkpoints/step_00000002", "other/checkpoints/step_00000002"),
-        ([3, 7], "own/checkpoints/step_00000007", "own/checkpoints/step_00000007"),
-        ([3, 7], "own", "own/checkpoints/step_00000007"),
+        ([], "auto", []),
+        ([3, 7], "auto", ["own/checkpoints/step_00000007", "own/checkpoints/step_00000003"]),
+        ([], "never", []),
+        ([], "other", ["other/checkpoints/step_00000004", "other/checkpoints/step_00000002"]),
+        ([], "other/checkpoints/step_00000002", ["other/checkpoints/step_00000002"]),
+        ([3, 7], "own/checkpoints/step_00000007", ["own/checkpoints/step_00000007", "own/checkpoints/step_00000003"]),
+        ([3, 7], "own", ["own/checkpoints/step_00000007", "own/checkpoints/step_00000003"]),
     ],
 )
-def test_resume_starts_from(tmp_path, own, resume, expected):
+def test_resume_starts_from_the_newest_that_is_intact(tmp_path, own, resume, expected):
+    """All that come into question, the newest first."""
     pretend(tmp_path / "own", *own)
     pretend(tmp_path / "other", 2, 4)
     resume = resume if resume in ("auto", "never") else str(tmp_path / resume)
-    found = checkpoint.find_resume(tmp_path / "own", resume)
-    assert found == (expected and tmp_path / expected)
+    assert checkpoint.find_resume(tmp_path / "own", resume) == [tmp_path / path for path in expected]
 
 
 def test_a_branch_that_was_begun_goes_on_whatever_its_origin_does(tmp_path):
     (newest,) = pretend(tmp_path / "own", 7)
     origin = str(tmp_path / "other")
-    (newest / "state.json").write_text(json.dumps({"step": 7, "branched_from": origin}))
+    write_state(newest, {"step": 7, "branched_from": origin})
     for step in (2, 9):
         pretend(tmp_path / "other", step)
-        assert checkpoint.find_resume(tmp_path / "own", origin) == newest
+        assert checkpoint.find_resume(tmp_path / "own", origin) == [newest]
+    (later,) = pretend(tmp_path / "own", 8)
+    (later / "state.json").write_text("{")  # damaged: the one before it tells
+    assert checkpoint.find_resume(tmp_path / "own", origin) == [later, newest]
 
 
 @pytest.mark.parametrize(
@@ -328,14 +353,15 @@ METRICS = [
 @pytest.mark.parametrize(("first_step", "kept"), [(1, 0), (2, 1), (3, 3), (4, 5)])
 def test_metrics_keep_whole_lines_of_steps_that_are_not_done_again(tmp_path, first_step, kept, torn):
     (tmp_path / "metrics.jsonl").write_text("".join(METRICS) + torn)
-    checkpoint.prepare_run(tmp_path, "", "", first_step)
+    checkpoint.prepare_run(tmp_path, "", "", first_step, [])
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(METRICS[:kept])
 
 
-def test_prepare_run_makes_the_directory_with_what_it_is_given(tmp_path):
-    checkpoint.prepare_run(tmp_path / "a/b", 'x = "日本"\n', '{"é": 1}', first_step=1)
+def test_the_run_directory_is_made_with_what_it_is_given(tmp_path):
+    with checkpoint.lock(tmp_path / "a/b"):
+        checkpoint.prepare_run(tmp_path / "a/b", 'x = "日本"\n', '{"é": 1}', 1, [])
     files = {str(path.relative_to(tmp_path / "a/b")) for path in (tmp_path / "a/b").rglob("*")}
-    assert files == {"checkpoints", "config.toml", "tokenizer.json"}
+    assert files == {".lock", "checkpoints", "config.toml", "tokenizer.json"}
     assert (tmp_path / "a/b/config.toml").read_text(encoding="utf-8") == 'x = "日本"\n'
     assert (tmp_path / "a/b/tokenizer.json").read_text(encoding="utf-8") == '{"é": 1}'
 
@@ -379,9 +405,9 @@ def test_what_makes_a_run_must_not_change_within_it(tmp_path, key, where):
     path = None
     if where == "checkpoint":
         (path,) = pretend(tmp_path, 3)
-        (path / "state.json").write_text(json.dumps({"identity": checkpoint.identity(FLAT)}))
+        write_state(path, {"identity": checkpoint.identity(FLAT)})
     else:
-        checkpoint.prepare_run(tmp_path, configs.to_toml(Config(model=ModelConfig(vocab_size=384))), "", first_step=1)
+        checkpoint.prepare_run(tmp_path, configs.to_toml(Config(model=ModelConfig(vocab_size=384))), "", 1, [])
     checkpoint.refuse_another_run(path, tmp_path, checkpoint.identity(FLAT))
     changed = {**FLAT, key: another(FLAT[key])}
     with pytest.raises(ValueError) as error:

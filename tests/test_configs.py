@@ -175,6 +175,8 @@ def test_an_unknown_key_that_is_near_nothing_names_the_sections(argument):
         ("optim.lr", "true", "number"),
         ("parallel.compile", "1", "true | false"),
         ("parallel.compile", "True", "true | false"),
+        ("parallel.timeout_seconds", "0.5", "integer"),
+        ("checkpoint.async_save", "yes", "true | false"),
         ("parallel.tp", "all", 'integer | "auto"'),
         ("parallel.tp", "2.0", 'integer | "auto"'),
         ("data.layout", "packed", '"pad" | "pack"'),
@@ -427,7 +429,8 @@ def test_more_processes_than_gpus_are_refused(on_ranks, monkeypatch):
         *("optim.betas=[1, 0.9]", "optim.betas=[0.9, -0.1]", "optim.eps=0", "optim.weight_decay=-1"),
         *("optim.grad_clip=-1", "train.steps=-1", "train.epochs=0", "train.global_batch_size=0"),
         *("train.micro_batch_size=0", "train.micro_batch_size=-8", "train.log_every=0", "train.eval_every=-1"),
-        *("train.eval_batches=-1", "checkpoint.every=-1", "checkpoint.keep=0"),
+        *("train.eval_batches=-1", "train.max_skipped_steps=-1", "checkpoint.every=-1", "checkpoint.keep=0"),
+        *("checkpoint.keep=-1", "parallel.timeout_seconds=0", "parallel.timeout_seconds=-600"),
         *(
             "run.profile_steps=[1]",
             "run.profile_steps=[0, 2]",
@@ -459,6 +462,7 @@ def test_a_rope_scaling_that_is_not_llama_3s_is_named_with_what_it_takes(change)
         *("data.val_fraction=0", "optim.betas=[0, 0]", "optim.min_lr_ratio=0", "optim.min_lr_ratio=1"),
         *("optim.grad_clip=0", "optim.weight_decay=0", "optim.warmup_steps=0", "train.seed=-1", "checkpoint.keep=1"),
         *("data.tokenizer_vocab_size=258", "run.profile_steps=[2, 2]", "model.max_position_embeddings=256"),
+        *("train.max_skipped_steps=0", "parallel.timeout_seconds=1"),
     ],
 )
 def test_the_ends_of_a_range_belong_to_it(argument):
@@ -563,7 +567,7 @@ def test_help_is_printed_once_and_nothing_is_run_whatever_else_is_asked(flag, mo
     monkeypatch.setattr(sys, "argv", ["train.py", "nope.toml", "--train.steps=ten", flag])
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        train.main()
+        train.main.__wrapped__()  # without torch's `record`, which wants a real standard error
     assert capsys.readouterr().out == configs.help_text() + "\n"
 
 

@@ -199,7 +199,7 @@ def test_the_run_directory_holds_what_is_documented_and_the_newest_two_checkpoin
     files = {
         f"checkpoints/step_{step:08d}/{file}" for step in (18, 20) for file in [".metadata", "state.json", *shards]
     }
-    files |= {"config.toml", "tokenizer.json", "metrics.jsonl"}
+    files |= {"config.toml", "tokenizer.json", "metrics.jsonl", ".lock"}
     assert {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()} == files
     config = tomllib.loads((run_dir / "config.toml").read_text())
     assert config["train"]["steps"] == STEPS and config["data"]["dataset"] == str(lab.documents)
