@@ -116,9 +116,9 @@ def refuse_another_run(path: Path | None, run_dir: Path, current: dict[str, Any]
     if config.exists():
         try:
             tables = tomllib.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
+            recorded = {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{config} is damaged ({error}): remove it, it is written again") from error
-        recorded = {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
     if path is not None:
         recorded |= read_state(path)["identity"]
     differences = [
@@ -179,11 +179,9 @@ def kept_metrics(path: Path, first_step: int) -> str | None:
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):  # else it is the torn last one
             try:
-                step = json.loads(line)["step"]
+                kept += [line] if json.loads(line)["step"] < first_step else []
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}, is damaged: remove that line") from error
-            if step < first_step:
-                kept.append(line)
     return b"".join(kept).decode() if kept != lines else None
 
 
@@ -227,7 +225,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint: state.json, and every `parts`-th of the other files."""
+    """What is wrong with a checkpoint: state.json, every `parts`-th of the other files, a stranger's `.metadata`."""
     try:
         files = read_state(path)["files"]
     except ValueError as error:
@@ -243,6 +241,11 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
             found.append(f"{path}/{name} has {size:,} bytes instead of {files[name][0]:,}")
         elif crc != files[name][1]:
             found.append(f"{path}/{name} has another checksum than when it was written")
+        elif name == ".metadata":
+            try:
+                Reader(path).read_metadata()
+            except Exception as error:  # a stranger's pickle may raise anything
+                found.append(f"{path}/{name} is refused: {error}")
     return found
 
 
@@ -372,7 +375,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.NAMES.get(module, ()):
-            raise ValueError(f".metadata names {module}.{name}, which no checkpoint needs: it is not loaded")
+            raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
 
