@@ -3,13 +3,20 @@
 And generate.py samples from them.
 """
 
+import ast
+import builtins
 import contextlib
 import copy
 import json
 import os
+import pickle
+import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,7 +27,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tokenizers import Tokenizer
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.tensor import DTensor
 
 import checkpoint
@@ -183,6 +193,131 @@ def save_under_power_cuts(run_dir: Path, async_save: bool) -> list[tuple[str, in
     return survivors
 
 
+@contextlib.contextmanager
+def held_up() -> Iterator[Callable[[], None]]:
+    """Nothing is written before the yielded function is called."""
+    go, write = threading.Event(), dcp.save
+
+    def wait_and_write(*arguments, **options):
+        assert go.wait(60)
+        return write(*arguments, **options)
+
+    with mock.patch.object(dcp, "save", wait_and_write):
+        try:
+            yield go.set
+        finally:
+            go.set()
+
+
+def train_during_a_save(run_dir: Path, tp: int) -> tuple[dict, dict, list[str]]:
+    """The values when `save` returned and when writing began, and what the folder held until then."""
+    trainee, state = Trainee(tp), {**STATE}
+    trainee.advance(2)
+    make_folder(run_dir)
+    saver = Saver(run_dir, CheckpointConfig(async_save=True))
+    with held_up() as go:
+        saver.save(3, trainee.model, trainee.optimizer, state)
+        saved = trainee.values()
+        trainee.advance(2)
+        state["tokens"] = -1
+        later = trainee.values()
+        assert not saver.pending.done() and not saver.failed()
+        seen = [path.name for path in (run_dir / "checkpoints").iterdir()]
+        go()
+        saver.wait()
+    assert saver.pending.done() and not saver.failed()
+    return saved, later, seen
+
+
+def make_folder(run_dir: Path) -> None:
+    if dist.get_rank() == 0:
+        (run_dir / "checkpoints").mkdir(parents=True)
+    dist.barrier()
+
+
+def save_twice(run_dir: Path) -> tuple[bool, bool]:
+    """Whether the first save is complete when `save` is called for the second, and when that returns."""
+    trainee, first = Trainee(tp=1), run_dir / "checkpoints/step_00000001"
+    make_folder(run_dir)
+    saver = Saver(run_dir, CheckpointConfig(async_save=True))
+    with held_up() as go:
+        saver.save(1, trainee.model, trainee.optimizer, STATE)
+        threading.Timer(0.2, go).start()
+        before = first.exists()
+        saver.save(2, trainee.model, trainee.optimizer, STATE)
+        after = first.exists()
+        saver.wait()
+    return before, after
+
+
+def watch_saves(run_dir: Path, saves: int) -> tuple[int, list[str]]:
+    """How often a complete checkpoint was looked at while others were written and removed, and what was missing."""
+    trainee, stop, looks, found = Trainee(tp=1), threading.Event(), [], []
+    make_folder(run_dir)
+
+    def look() -> None:
+        while not stop.is_set():
+            for path in checkpoint.complete_checkpoints(run_dir):
+                damage = checkpoint.damage(path)
+                if path.exists():  # else it has been removed meanwhile, by its name first
+                    looks.append(path)
+                    found.extend(damage)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    saver = Saver(run_dir, CheckpointConfig(keep=1, async_save=True))
+    for step in range(saves):
+        saver.save(step, trainee.model, trainee.optimizer, STATE)
+        time.sleep(0.01)
+    saver.wait()
+    stop.set()
+    watcher.join()
+    return len(looks), found
+
+
+@contextlib.contextmanager
+def quota(most_bytes: int) -> Iterator[None]:
+    """A file of this process that grows beyond it meets an error of the system, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fill_the_disk_of_one_rank(run_dir: Path, full_rank: int, async_save: bool) -> tuple[list[str], list[str]]:
+    """A save that succeeds, then one for which one rank has no room, then another try: messages, and what is left."""
+    trainee, messages = Trainee(tp=2), []
+    make_folder(run_dir)
+    saver = Saver(run_dir, CheckpointConfig(keep=1, async_save=async_save))
+    saver.save(1, trainee.model, trainee.optimizer, STATE)
+    saver.wait()
+    shard = run_dir / f"checkpoints/step_00000001/__{full_rank}_0.distcp"
+    with quota(shard.stat().st_size // 2) if dist.get_rank() == full_rank else contextlib.nullcontext():
+        try:
+            saver.save(2, trainee.model, trainee.optimizer, STATE)
+            deadline = time.monotonic() + 60
+            while not saver.failed():  # it is known before anybody asks for the result
+                assert async_save and time.monotonic() < deadline
+                time.sleep(0.01)
+        except OSError as error:
+            messages.append(str(error))
+        assert saver.failed()
+    for again in (lambda: saver.save(3, trainee.model, trainee.optimizer, STATE), saver.wait):
+        with pytest.raises(OSError) as error:
+            again()
+        messages.append(str(error.value))
+    dist.barrier()
+    return messages, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def fail_to_load(path: Path) -> None:
+    trainee = Trainee(tp=1)
+    with pytest.raises(CheckpointException, match="which no checkpoint needs"):
+        checkpoint.load(path, trainee.model, trainee.optimizer)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Save and load
 
@@ -253,6 +388,302 @@ def test_a_power_cut_at_any_point_of_a_save_leaves_a_checkpoint_that_loads(ranks
     before, after = ([step for _, step in survivors if step % 2 == odd] for odd in (0, 1))
     assert len(before) >= 4 and len(after) >= 4, "cuts before the new one is complete, and while the old one goes"
     assert before + after == [step for _, step in survivors], "complete once, and from then on"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the background
+
+
+@pytest.mark.parametrize(("world", "tp"), [(1, 1), (4, 2)])
+def test_an_asynchronous_save_holds_what_was_when_it_was_asked_for_whatever_is_trained_meanwhile(
+    ranks, tmp_path, world, tp
+):
+    (saved, later, seen), *_ = ranks(world, train_during_a_save, tmp_path, tp)
+    assert seen == [".tmp-step_00000003"], "complete only when it is written"
+    assert all((saved[name] != value).any() for name, value in later.items()), "the optimizer changed all of it"
+    path = tmp_path / "checkpoints/step_00000003"
+    assert checkpoint.read_state(path)["tokens"] == STATE["tokens"]
+    for loaded, _ in ranks(world, load_and_train, path, tp, False):
+        assert_equal(loaded, saved)
+
+
+def test_a_save_waits_for_the_one_before(ranks, tmp_path):
+    assert ranks(1, save_twice, tmp_path) == [(False, True)]
+
+
+def test_a_checkpoint_is_complete_whenever_its_directory_can_be_seen(ranks, tmp_path):
+    ((looks, found),) = ranks(1, watch_saves, tmp_path, 30)
+    assert looks > 30
+    assert not found
+
+
+def test_synchronous_and_asynchronous_saves_write_the_same_bytes(ranks, tmp_path):
+    for name, async_save in (("sync", False), ("async", True)):
+        (tmp_path / name).mkdir()
+        ranks(4, train_and_save, tmp_path / name, 2, False, "", async_save)
+    ours, theirs = (tmp_path / name / "checkpoints/step_00000003" for name in ("async", "sync"))
+    shards = sorted(path.name for path in theirs.glob("*.distcp"))
+    assert len(shards) == 4
+    assert sorted(path.name for path in ours.glob("*.distcp")) == shards
+    for shard in shards:
+        assert (ours / shard).read_bytes() == (theirs / shard).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full disks
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_a_disk_that_is_full_for_one_rank_fails_the_save_on_all_and_leaves_the_one_before(ranks, tmp_path, async_save):
+    """A limit on the size of this rank's files stands for the full disk: `write` fails half-way in the shard."""
+    results = ranks(4, fill_the_disk_of_one_rank, tmp_path, 2, async_save)
+    folder = tmp_path / "checkpoints"
+    for messages, left in results:
+        assert len(messages) == (2 if async_save else 3) and set(messages) == set(results[0][0])
+        assert messages[0].startswith(f"{folder}/step_00000002 could not be written: ")
+        assert "File too large" in messages[0]
+        assert f"{folder}/step_00000001 is intact" in messages[0] and "the same command goes on" in messages[0]
+        assert left == [".tmp-step_00000002", "step_00000001"]
+    assert checkpoint.damage(folder / "step_00000001") == []
+    ranks(2, load_and_train, folder / "step_00000001", 1, False)
+    checkpoint.prepare_run(tmp_path, "", "", 2, [])
+    assert [path.name for path in folder.iterdir()] == ["step_00000001"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """The second half is gone."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def put(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text)
+
+
+DAMAGE = {
+    "a flipped bit in a shard": ("__2_0.distcp", flip, "has another checksum"),
+    "a truncated shard": ("__3_0.distcp", cut, "bytes instead of"),
+    "an empty shard": ("__0_0.distcp", put(""), "has 0 bytes instead of"),
+    "a longer shard": ("__0_0.distcp", lambda path: path.write_bytes(path.read_bytes() + b"x"), "bytes instead of"),
+    "a missing shard": ("__1_0.distcp", Path.unlink, "cannot be read: No such file"),
+    "a flipped bit in .metadata": (".metadata", flip, "has another checksum"),
+    "a missing .metadata": (".metadata", Path.unlink, "cannot be read: No such file"),
+    "a truncated state.json": ("state.json", cut, "is damaged or missing"),
+    "another digit in state.json": (
+        "state.json",
+        lambda path: path.write_text(path.read_text().replace('"tokens": 123', '"tokens": 124')),
+        "is damaged or missing",
+    ),
+    "a missing state.json": ("state.json", Path.unlink, "is damaged or missing"),
+    "no JSON in state.json": ("state.json", put("\0" * 80), "is damaged or missing"),
+    "other JSON in state.json": ("state.json", put("[1, 2]"), "is damaged or missing"),
+    "nothing in state.json": ("state.json", put(""), "is damaged or missing"),
+    "state.json without its checksum": ("state.json", put('{"step": 3, "files": {}}'), "is damaged or missing"),
+}
+
+
+@pytest.fixture
+def copied(run_dir, tmp_path) -> Path:
+    """A run directory whose checkpoint may be damaged."""
+    return Path(shutil.copytree(run_dir, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(("name", "change", "words"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_found_and_named(copied, name, change, words):
+    path = copied / "checkpoints/step_00000003"
+    assert checkpoint.damage(path) == []
+    change(path / name)
+    (found,) = checkpoint.damage(path)
+    assert found.startswith(f"{path}/{name} ") and words in found
+
+
+def test_every_byte_of_a_checkpoint_counts(copied):
+    """A sample of them, and in state.json all that mean something."""
+    path = copied / "checkpoints/step_00000003"
+    for file in path.iterdir():
+        content, missed = file.read_bytes(), []
+        for i in range(0, len(content), 1 if file.name == "state.json" else max(1, len(content) // 20)):
+            file.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+            if not checkpoint.damage(path):
+                missed.append(content[i : i + 1])
+        file.write_bytes(content)
+        # "\n" and " " between JSON's tokens become other white space only by chance
+        assert file.name == "state.json" or not missed, file
+        assert all(byte.isspace() for byte in missed)
+
+
+def test_ranks_share_the_files_out_and_each_is_read_once(copied):
+    path = copied / "checkpoints/step_00000003"
+    for file in path.iterdir():
+        if file.name != "state.json":
+            flip(file)
+    for parts in (1, 2, 3, 7):
+        found = [line for part in range(parts) for line in checkpoint.damage(path, part, parts)]
+        assert sorted(found) == sorted(checkpoint.damage(path)) and len(found) == 5
+
+
+def test_a_damaged_checkpoint_is_put_aside_when_the_run_goes_on_without_it(tmp_path):
+    earlier, newest = pretend(tmp_path, 3, 7)
+    checkpoint.prepare_run(tmp_path, "", "", 4, [newest])
+    assert checkpoint.complete_checkpoints(tmp_path) == [earlier]
+    (aside,) = (tmp_path / "checkpoints").glob("damaged-*")
+    assert aside.name.startswith("damaged-step_00000007") and (aside / "state.json").exists()
+    pretend(tmp_path, 7)
+    checkpoint.prepare_run(tmp_path, "", "", 4, [newest])
+    assert len([*(tmp_path / "checkpoints").glob("damaged-step_00000007*")]) == 2, "twice is no collision"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[model]\nhidden_size = ", "[model\nhidden_size = 3\n", "hidden_size = 3\n", "\udcff\n"],
+    ids=["cut off", "no TOML", "no section", "no text"],
+)
+def test_a_damaged_config_toml_is_named(tmp_path, text):
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"config.toml is damaged .*remove it, it is written again"):
+        checkpoint.refuse_another_run(None, tmp_path, {"model.hidden_size": 3})
+
+
+@pytest.mark.parametrize("line", ["{", '{"loss": 1.0}', "3", "null", '{"step": "2"}', '{"step": null}', "", "\udcff"])
+def test_a_damaged_line_of_metrics_is_named_and_nothing_is_changed(tmp_path, line):
+    (damaged,) = pretend(tmp_path, 5)
+    pretend(tmp_path, 9, prefix=".tmp-step_")
+    text = METRICS[0] + line + "\n" + METRICS[1]
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
+    before = sorted(tmp_path.rglob("*")), (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is damaged: remove that line"):
+        checkpoint.prepare_run(tmp_path, "", "", 2, [damaged])
+    assert (sorted(tmp_path.rglob("*")), (tmp_path / "metrics.jsonl").read_bytes()) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One job at a time
+
+
+def test_a_run_directory_is_held_by_one_job_until_that_lets_go(tmp_path):
+    with checkpoint.lock(tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"run.dir=.*run is in use by another job: wait .* another --run.dir"):
+            checkpoint.lock(tmp_path / "run")
+        checkpoint.lock(tmp_path / "other").close()
+    checkpoint.lock(tmp_path / "run").close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of strangers
+
+
+class Bomb:
+    """What, unpickled, calls a function."""
+
+    def __init__(self, function: Callable, *arguments: object):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def plant(path: Path, metadata: object) -> None:
+    """Another `.metadata`, with checksums that fit."""
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    reseal(path)
+
+
+def reseal(path: Path) -> None:
+    state = checkpoint.read_state(path)
+    state["files"] = {name: checkpoint.checksum(path / name) for name in state["files"]}
+    write_state(path, state)
+
+
+def metadata_of(path: Path) -> Any:
+    with (path / ".metadata").open("rb") as file:
+        return checkpoint.MetadataUnpickler(file).load()
+
+
+def plant_bomb(path: Path, marker: Path) -> None:
+    """`.metadata` as it was, and in it a call that makes `marker`."""
+    metadata = metadata_of(path)
+    metadata.planner_data = Bomb(os.mkdir, str(marker))
+    plant(path, metadata)
+
+
+def plant_bytes(path: Path, marker: Path) -> None:
+    """`.metadata` says that a tensor is a pickle; in its place there is one that makes `marker`."""
+    metadata, name = metadata_of(path), "model.lm_head.weight"
+    bomb = pickle.dumps(Bomb(os.mkdir, str(marker)))
+    (index,) = (index for index in metadata.storage_data if index.fqn == name and index.offset[0] == 0)
+    info = metadata.storage_data.pop(index)
+    with (path / info.relative_path).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(bomb)
+    metadata.storage_data[type(index)(name)] = type(info)(info.relative_path, info.offset, len(bomb))
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    plant(path, metadata)
+
+
+BOMBS = {"a call": (plant_bomb, "posix.mkdir"), "bytes for a tensor": (plant_bytes, "BytesStorageMetadata")}
+
+
+@pytest.mark.parametrize(("plant", "named"), BOMBS.values(), ids=BOMBS)
+def test_a_bomb_in_a_checkpoint_with_correct_checksums_is_refused_and_does_not_go_off(
+    ranks, copied, tmp_path, monkeypatch, capsys, plant, named
+):
+    path, marker = copied / "checkpoints/step_00000003", tmp_path / "went_off"
+    plant(path, marker)
+    (refusal,) = checkpoint.damage(path)
+    assert refusal.startswith(f"{path}/.metadata is refused: ") and f"{named}, which no checkpoint needs" in refusal
+    with pytest.raises(SystemExit) as stopped:
+        main(monkeypatch, copied)
+    assert (str(stopped.value), capsys.readouterr().out) == (f"error: {refusal}", "")
+    ranks(1, fail_to_load, path)  # nor without that look beforehand
+    assert not marker.exists()
+    monkeypatch.setattr(checkpoint, "Reader", dcp.FileSystemReader)
+    with contextlib.suppress(CheckpointException):
+        checkpoint.load_weights(path, Llama(shape()))
+    assert marker.exists(), "the bomb is a real one"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [os.system, builtins.eval, builtins.exec, builtins.getattr, builtins.open, torch.load, pickle.loads, time.sleep],
+    ids=lambda function: function.__name__,
+)
+def test_metadata_can_call_nothing(tmp_path, function):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb(function, "1")))
+    with pytest.raises(ValueError, match="which no checkpoint needs"), (tmp_path / ".metadata").open("rb") as file:
+        checkpoint.MetadataUnpickler(file).load()
+
+
+def test_only_the_restricted_unpickler_unpickles():
+    """In all sources: torch.load with weights_only=True, dcp.load with `Reader`, pickle only as a base class."""
+    seen = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        bases = {id(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
+        for node in ast.walk(tree):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in ("pickle", "torch.serialization", "marshal", "shelve"), where
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                assert (node.attr, id(node) in bases) == ("Unpickler", True), where
+            if isinstance(node, ast.Call):
+                function = ast.unparse(node.func)
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert function not in ("eval", "exec", "os.system"), where
+                assert function != "torch.load" or options.get("weights_only") == "True", where
+                if function == "dcp.load":
+                    assert options["storage_reader"].startswith("Reader("), where
+                    seen.append(where)
+    assert len(seen) == 2, "this test has found the places it is about"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,6 +922,16 @@ def test_one_process_loads_the_weights_that_four_ranks_wrote(written):
     expected.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=not tied)
     ids = torch.tensor([[special.bos, 5, 6, 7]])
     torch.testing.assert_close(model(ids), expected(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["__3_0.distcp", ".metadata", "state.json"])
+def test_a_damaged_checkpoint_is_not_sampled_from(copied, name, monkeypatch, capsys):
+    path = copied / "checkpoints/step_00000003" / name
+    flip(path)
+    with pytest.raises(SystemExit) as stopped:
+        main(monkeypatch, copied)
+    assert str(stopped.value).startswith(f"error: {path} ")
+    assert capsys.readouterr().out == ""
 
 
 def command_line(*arguments: object) -> subprocess.CompletedProcess:
