@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -254,28 +255,28 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 class Saver:
-    """Saves one checkpoint after the other, in a thread with a process group of its own. Every rank has one.
+    """Saves one checkpoint after the other. Every rank has one.
 
-    With `async_save` the thread works on a copy in CPU memory while training goes on. The next save, and `wait`, first
-    wait for it and raise what went wrong in it, as OSError; `failed` tells earlier.
+    With `async_save` a thread with a process group of its own writes a copy in CPU memory while training goes on. The
+    next save, and `wait`, first wait for it and raise what went wrong in it, as OSError; `failed` tells earlier.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig):
         self.run_dir, self.keep, self.async_save = run_dir, config.keep, config.async_save
         self.group = dist.new_group(backend="gloo")  # the thread's collectives must not mix with the training loop's
-        self.thread, self.pending = ThreadPoolExecutor(1), Future()
+        enter = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
+        self.thread, self.pending = ThreadPoolExecutor(1, initializer=enter), Future()  # a thread starts on GPU 0
         self.pending.set_result(None)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write step_<step> and remove the oldest checkpoints beyond `keep`. All ranks together."""
         self.wait()
         model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
-        tensors = {"model": model_state, "optimizer": moments(optimizer_state)}
+        tensors, state = {"model": model_state, "optimizer": moments(optimizer_state)}, {**state, "step": step}
         if self.async_save:
-            tensors = BlockingAsyncStager().stage(tensors)
-        self.pending = self.thread.submit(self.write, tensors, {**state, "step": step})
-        if not self.async_save:
-            self.wait()
+            self.pending = self.thread.submit(self.write, BlockingAsyncStager().stage(tensors), state)
+        else:
+            self.write(tensors, state)
 
     def wait(self) -> None:
         self.pending.result()
@@ -284,7 +285,7 @@ class Saver:
         return self.pending.done() and self.pending.exception() is not None
 
     def write(self, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        """In the thread. A failure on any rank raises OSError on all of them."""
+        """A failure on any rank raises OSError on all of them."""
         folder, name = self.run_dir / "checkpoints", f"step_{state['step']:08d}"
         unfinished = folder / f".tmp-{name}"
         try:
