@@ -2,8 +2,8 @@
 
 Everything runs in one go on the same shape, data and dtype. Each contender lives in processes of its own, on all cores
 together; the rounds go round robin, so that what else the machine does hits all of them alike. The table shows how many
-times as fast as the contender ours is, as a median over the rounds. The result goes to benchmarks/results/ as JSON, with the
-machine's description.
+times as fast as the contender ours is, as a median over the rounds. The result goes to benchmarks/results/ as JSON,
+with the machine's description.
 
     tutorial      what widely read tutorials do: q, k and v gathered under TP, a dense float mask, parameters in the
                   compute dtype itself, unfused AdamW, loss.item() in every step
