@@ -61,6 +61,7 @@ class DataConfig:
     eos_token: Annotated[str, f'"" = the first of {" ".join(EOS_TOKENS)} that the tokenizer has'] = ""
     seq_len: Annotated[int, "inputs and targets in a row"] = 256
     layout: Annotated[Literal["pad", "pack"], "rows of one document, padded; or documents end to end, cut"] = "pad"
+    document_mask: Annotated[bool, "packed documents do not see each other, and positions count from 0 in each"] = False
     val_fraction: Annotated[float, "share of the documents held out for validation; 0 = no validation"] = 0.01
     num_workers: Annotated[int, "loader processes per rank; 0 = load in the training process"] = 0
 
@@ -341,12 +342,15 @@ class TokenStream:
 class Rows(Dataset):
     """Chosen documents of a stream, cut into rows; all it stores is document boundaries, 24 bytes each at most.
 
-    `rows[[i, j, ...]]` through `__getitems__` gives (input_ids, targets), both (B, T) int64. Row -1 is all padding:
-    it fills the last batch of an evaluation.
+    `rows[[i, j, ...]]` through `__getitems__` gives (input_ids, targets), both (B, T) int64, and with document_mask
+    `positions` of that shape: where each token stands in its document, or in the part of it that the row holds. Row -1
+    is all padding: it fills the last batch of an evaluation.
     """
 
-    def __init__(self, stream: TokenStream, documents: np.ndarray, seq_len: int, layout: str, pad: int):
-        self.stream, self.seq_len, self.pad = stream, seq_len, pad
+    def __init__(
+        self, stream: TokenStream, documents: np.ndarray, seq_len: int, layout: str, pad: int, document_mask: bool
+    ):
+        self.stream, self.seq_len, self.pad, self.document_mask = stream, seq_len, pad, document_mask
         self.sources = stream.document_starts[documents]
         lengths = stream.document_starts[documents + 1] - self.sources
         self.starts = np.concatenate([[0], np.cumsum(lengths)])  # of the chosen documents, laid end to end
@@ -374,15 +378,19 @@ class Rows(Dataset):
             is_bos[low - start] = low == self.starts[document]
         return np.concatenate(tokens), is_bos
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         input_ids = np.full((len(indices), self.seq_len), self.pad, dtype=np.int64)
         targets = np.full((len(indices), self.seq_len), IGNORE_INDEX, dtype=np.int64)
+        starts = np.zeros((len(indices), self.seq_len), dtype=np.int64)  # where the document that is read began
         for i, index in enumerate(indices):
             if index >= 0:
                 tokens, is_bos = self.row(index)
                 input_ids[i, : len(tokens) - 1] = tokens[:-1]
                 targets[i, : len(tokens) - 1] = np.where(is_bos[1:], IGNORE_INDEX, tokens[1:])
-        return torch.from_numpy(input_ids), torch.from_numpy(targets)
+                starts[i, : len(tokens) - 1] = np.where(is_bos[:-1], np.arange(len(tokens) - 1), 0)
+        positions = np.arange(self.seq_len) - np.maximum.accumulate(starts, axis=1)
+        arrays = (input_ids, targets, positions) if self.document_mask else (input_ids, targets)
+        return tuple(map(torch.from_numpy, arrays))
 
 
 @dataclass
@@ -412,7 +420,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, path: Path) -> Corpus:
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
     train, validation = (
-        Rows(stream, np.sort(documents), config.seq_len, config.layout, special.pad)
+        Rows(stream, np.sort(documents), config.seq_len, config.layout, special.pad, config.document_mask)
         for documents in (order[held_out:], order[:held_out])
     )
     if held_out and validation.num_bytes == 0:  # bits per byte would divide by it
@@ -446,7 +454,7 @@ def deal(rows: Tensor, micro_batch_size: int, dp_rank: int, dp_size: int) -> lis
 
 
 def make_loader(rows: Rows, micro_batches: Iterable[list[int]], num_workers: int, device: torch.device) -> DataLoader:
-    """Batches (input_ids, targets) in the given order, prepared ahead by worker processes if there are any.
+    """Batches as `Rows` makes them, in the given order, prepared ahead by worker processes if there are any.
 
     Workers are spawned, not forked: by now this process has threads, which a fork would leave behind with their locks.
     """
@@ -460,6 +468,6 @@ def make_loader(rows: Rows, micro_batches: Iterable[list[int]], num_workers: int
     )
 
 
-def as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """`Rows.__getitems__` makes whole batches already; a lambda could not be sent to a spawned worker."""
     return batch

@@ -173,8 +173,9 @@ def record(config: Config, mesh: DeviceMesh, styles: dict[str, ParallelStyle]) -
         model.to_empty(device="cpu")
         model.init_weights(config.train.seed, parallel.place_shard)
         rows = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
+        positions = [rows] if config.data.document_mask else []
         with Recorder(model, mesh, styles) as recorder, parallel.loss_context(mesh):
-            loss = model(rows, rows)
+            loss = model(rows, rows, *positions)
             recorder.phase = "backward"
             loss.backward()
             recorder.phase, loss = "update", parallel.to_local(loss.detach())

@@ -16,6 +16,7 @@ How a model comes to life (train.py does exactly this):
     4. model.init_weights(seed, ...)                        writes every parameter and every buffer
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 IGNORE_INDEX = -100  # a target that is no target: padding
 
@@ -75,16 +77,38 @@ def rope_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tens
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + hd/2) of x (B, H, T, hd) by the angles of cos and sin (T, hd), in float32."""
+    """Rotate pairs (i, i + hd/2) of x (B, H, T, hd), in float32. cos and sin are (T, hd), or (B, 1, T, hd)."""
     left, right = x.float().chunk(2, dim=-1)
     rotated = torch.cat((-right, left), dim=-1)
     return (x * cos + rotated * sin).to(x.dtype)
 
 
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """For FlexAttention: not compiled, it makes the (T, T) matrices that it is there to avoid."""
+    return torch.compile(function)  # not at import time: the compiler takes seconds to import
+
+
+def dense_mask(documents: Tensor) -> Tensor:
+    """(B, 1, T, T), true where a token may look: at itself and what stands before it in its document (B, T)."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+def block_mask(documents: Tensor) -> BlockMask:
+    """The same for FlexAttention, which leaves out the blocks where it is false throughout (arXiv:2412.05496)."""
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (documents[b, key] == documents[b, query])
+
+    rows, length = documents.shape
+    return compiled(create_block_mask)(visible, rows, None, length, length, documents.device)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (arXiv:2305.13245).
 
-    There is no mask tensor: a right-padded row under causal attention never lets a real token see a pad token.
+    With one document a row there is no mask: a right-padded row under causal attention never lets a real token see a
+    pad token.
     """
 
     def __init__(self, config: ModelConfig):
@@ -97,13 +121,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
         heads = (x.size(0), x.size(1), -1, self.head_dim)
         q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, hd)
         k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, hd)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, hd)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if isinstance(mask, BlockMask):
+            attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+            y = attend(q, k, v, block_mask=mask, enable_gqa=True)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -130,8 +158,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -159,15 +187,20 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T); with targets (B, T), the *sum* of the float32 loss over real targets.
 
         A sum, not a mean: whoever calls knows how many targets the whole global batch has, this rank does not.
+        Where a row holds several documents, positions (B, T) count from 0 in each, and none sees another.
         """
-        cos, sin = self.rope_cos[: input_ids.size(1)], self.rope_sin[: input_ids.size(1)]
+        cos, sin, mask = self.rope_cos[: input_ids.size(1)], self.rope_sin[: input_ids.size(1)], None  # (T, hd)
+        if positions is not None:
+            cos, sin = self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1)  # (B, 1, T, hd)
+            # FlexAttention has no backward on a CPU
+            mask = (block_mask if positions.is_cuda else dense_mask)((positions == 0).cumsum(1))
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         for block in self.model.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         logits = self.lm_head(self.model.norm(x))  # (B, T, V)
         if targets is None:
             return logits

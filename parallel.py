@@ -59,6 +59,7 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -281,7 +282,7 @@ def block_plan(model: ModelConfig, tp: int) -> dict[str, ParallelStyle]:
     return {
         "input_layernorm": SequenceParallel(),
         "self_attn": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": kv(),
@@ -312,6 +313,7 @@ KEPT_BY_SELECTIVE = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,  # in compiled blocks; elsewhere it is a kernel of its own, and runs again
     torch.ops._c10d_functional.reduce_scatter_tensor.default,  # else backward repeats o_proj's communication
 ]
 
@@ -331,10 +333,10 @@ def apply_compile(block: nn.Module) -> None:
     """Compile the block's forward: one graph for all blocks of a shape, and FSDP's gathering stays outside of it."""
     compiled = torch.compile(block.forward)
 
-    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(x: Tensor, *rope_and_mask: Tensor | BlockMask | None) -> Tensor:
         # Under TP the embedding hands over its reduce-scatter as an AsyncCollectiveTensor, and the gradient of such an
         # input to a compiled region is lost (torch 2.13: the embedding's becomes zero). Cloning waits for it.
-        return compiled(x.clone() if isinstance(x, AsyncCollectiveTensor) else x, cos, sin)
+        return compiled(x.clone() if isinstance(x, AsyncCollectiveTensor) else x, *rope_and_mask)
 
     block.forward = forward
 

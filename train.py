@@ -136,12 +136,12 @@ def evaluate(
     order = order[: config.train.eval_batches * config.train.global_batch_size or None]
     batches = data.deal(order, config.train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
     loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
-    for input_ids, targets in data.make_loader(rows, batches, 0, device):
+    for batch in data.make_loader(rows, batches, 0, device):
         if abandon():
             return None
-        input_ids, targets = input_ids.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        input_ids, targets, *positions = (tensor.to(device, non_blocking=True) for tensor in batch)
         with parallel.loss_context(mesh):
-            loss += parallel.to_local(model(input_ids, targets))
+            loss += parallel.to_local(model(input_ids, targets, *positions))
         tokens += (targets != IGNORE_INDEX).sum()
     tp = mesh["tp"].size()  # TP peers have the same rows
     loss, tokens = parallel.sum_over_ranks(loss / tp, tokens / tp).tolist()
@@ -283,9 +283,10 @@ def train(config: Config, device: torch.device) -> None:
         loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
         for _ in range(micro_steps):
             with meter.loading():
-                input_ids, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))  # (B, T)
+                # (B, T) each, positions only with data.document_mask
+                input_ids, targets, *positions = (tensor.to(device, non_blocking=True) for tensor in next(batches))
             with parallel.loss_context(mesh):
-                micro_loss = model(input_ids, targets)  # a sum over tokens, so gradients of micro-steps add up
+                micro_loss = model(input_ids, targets, *positions)  # a sum over tokens: micro-steps add up
                 micro_loss.backward()
             loss += parallel.to_local(micro_loss.detach())
             tokens += (targets != IGNORE_INDEX).sum()

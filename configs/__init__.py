@@ -307,6 +307,16 @@ def range_errors(config: Config) -> list[str]:
             f"data.seq_len={data.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}: "
             "lower the one or raise the other (0 = seq_len)"
         )
+    if data.document_mask and data.layout == "pad":
+        errors.append(
+            'data.document_mask=true with data.layout="pad": a padded row holds one document, which is exact as it is: '
+            'leave it out, or use data.layout="pack"'
+        )
+    if data.document_mask and model.head_dim < 16 and torch.cuda.is_available():
+        errors.append(
+            f"model.head_dim={model.head_dim} is below 16, which FlexAttention needs on a GPU: widen the heads, or use "
+            "data.document_mask=false"
+        )
     if data.tokenizer == "train" and data.tokenizer_vocab_size < 258:
         errors.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is below 258: 256 bytes, BOS and EOS")
     if data.tokenizer == "train" and 0 < model.vocab_size < data.tokenizer_vocab_size:

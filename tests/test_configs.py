@@ -340,6 +340,22 @@ def test_tp_need_not_divide_the_kv_heads(on_ranks, heads, kv_heads, tp):
     assert configs.load([*arguments_of(shape), f"--parallel.tp={tp}"]).model.num_key_value_heads == kv_heads
 
 
+def test_a_document_mask_is_for_packed_rows():
+    (error,) = errors_of("--data.document_mask=true")
+    assert 'data.document_mask=true with data.layout="pad"' in error
+    assert 'use data.layout="pack"' in error
+    assert configs.load(["--data.document_mask=true", "--data.layout=pack"]).data.document_mask
+
+
+def test_a_document_mask_needs_wide_heads_on_a_gpu(monkeypatch):
+    narrow = ["--data.document_mask=true", "--data.layout=pack", "--model.head_dim=8"]
+    assert configs.load(narrow).model.head_dim == 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (error,) = errors_of(*narrow)
+    assert "model.head_dim=8 is below 16" in error
+
+
 @pytest.mark.parametrize("kv_heads", [5, 16, 48])
 def test_kv_heads_must_divide_heads(kv_heads):
     (error,) = errors_of(*arguments_of(SHAPE | {"model.num_key_value_heads": kv_heads}))

@@ -121,6 +121,7 @@ class Case:
     rows: data.Rows
     input_ids: Tensor
     targets: Tensor
+    positions: Tensor
 
     @property
     def real(self) -> Tensor:
@@ -143,8 +144,8 @@ def case(request, layout, tokenizer_name, tmp_path_factory) -> Case:
     folder, tokenizer = tmp_path_factory.mktemp("case"), TOKENIZERS[tokenizer_name]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        config = make_config(write_jsonl(folder / "a.jsonl", DOCUMENTS), layout=layout, seq_len=request.param)
-        corpus = make_corpus(config, tokenizer)
+        changes = {"layout": layout, "seq_len": request.param, "document_mask": True}
+        corpus = make_corpus(make_config(write_jsonl(folder / "a.jsonl", DOCUMENTS), **changes), tokenizer)
     rows = corpus.train
     return Case(layout, request.param, tokenizer, corpus.special, rows, *rows.__getitems__(range(len(rows))))
 
@@ -207,6 +208,20 @@ def test_rows_are_int64_and_as_few_as_possible(case):
         assert len(case.rows) == math.ceil((sum(lengths) + len(DOCUMENTS) - 1) / case.seq_len)
 
 
+def test_positions_count_from_0_at_each_bos_and_at_the_start_of_a_row(case):
+    """A BOS stands behind what is no target, and so does a pad, which may be the same token."""
+    used = case.real.flatten().nonzero().max() + 1
+    is_bos = ((case.input_ids == case.special.bos) & ~case.real.roll(1, 1)).flatten()
+    is_bos[used:] = False
+    is_bos = is_bos.view(case.input_ids.shape) & (case.layout == "pack")
+    expected = torch.zeros_like(case.input_ids)
+    for i in range(1, case.seq_len):
+        expected[:, i] = torch.where(is_bos[:, i], 0, expected[:, i - 1] + 1)
+    assert torch.equal(case.positions, expected)
+    if case.layout == "pack" and case.seq_len > 1:
+        assert is_bos[:, 1:].sum() > 100
+
+
 def test_counts_for_bits_per_byte_are_those_of_the_rows(case):
     assert case.rows.num_targets == case.real.sum()
     assert case.rows.num_bytes == sum(len(text.encode()) for text in DOCUMENTS)
@@ -214,7 +229,7 @@ def test_counts_for_bits_per_byte_are_those_of_the_rows(case):
 
 def test_batches_hold_the_rows_that_were_asked_for_and_row_minus_one_is_all_padding(case):
     order = [len(case.rows) - 1, -1, 0, 3, 0]
-    input_ids, targets = case.rows.__getitems__(order)
+    input_ids, targets, _ = case.rows.__getitems__(order)
     for i, row in enumerate(order):
         alone = case.input_ids[row], case.targets[row]
         empty = torch.full((case.seq_len,), case.special.pad), torch.full((case.seq_len,), IGNORE_INDEX)
@@ -760,13 +775,13 @@ def test_a_stream_travels_to_a_worker_as_its_path(tmp_path):
     assert stream.read(0, 100).tolist() == tokens_of(path)[:100]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loader_gives_the_batches_in_the_order_asked_for(tmp_path, num_workers):
+@pytest.mark.parametrize("changes", [{}, {"num_workers": 2, "layout": "pack", "document_mask": True}])
+def test_the_loader_gives_the_batches_in_the_order_asked_for(tmp_path, changes):
     """With workers as without: what a run sees does not depend on how it is loaded."""
-    config = make_config(write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), num_workers=num_workers)
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", DOCUMENTS), **changes)
     rows = make_corpus(config, byte_tokenizer(BOS, EOS)).train
     batches = [epoch_order(len(rows), 0, epoch)[:3].tolist() for epoch in range(8)] + [[-1, 0], [5]]
-    loaded = list(data.make_loader(rows, iter(batches), num_workers, torch.device("cpu")))
+    loaded = list(data.make_loader(rows, iter(batches), config.num_workers, torch.device("cpu")))
     expected = [rows.__getitems__(batch) for batch in batches]
     assert len(loaded) == len(expected)
     for got, wanted in zip(loaded, expected, strict=True):

@@ -55,6 +55,7 @@ CASES = {
     "2 kv heads, tp4": (4, TP4 | {"model.num_key_value_heads": 2}),
     "tied, dp2": (2, {"model.tie_word_embeddings": "true"}),
     "tied, dp2 x tp2": (4, TP2 | {"model.tie_word_embeddings": "true"}),
+    "document mask, dp2 x tp2": (4, TP2 | {"data.layout": "pack", "data.document_mask": "true"}),
     "bf16, dp2 x tp2": (4, TP2 | BF16),
     "bf16, reduced in bf16, hsdp 2 x 2": (4, HSDP | BF16 | {"parallel.reduce_dtype": "bfloat16"}),
     "selective, dp2 x tp2": (4, TP2 | {"parallel.activation_checkpointing": "selective"}),
@@ -139,8 +140,9 @@ def real_step(arguments: list[str]) -> dict:
     earlier, kinds = flight_records([]), Counter()
     for _ in range(config.train.global_batch_size // (rows * dp)):
         tokens = torch.randint(config.model.vocab_size, (rows, config.data.seq_len), generator=generator)
+        positions = [torch.zeros_like(tokens)] if config.data.document_mask else []
         with CommDebugMode() as comms, parallel.loss_context(mesh):
-            loss = model(tokens, tokens)
+            loss = model(tokens, tokens, *positions)
             loss.backward()
         for op, count in comms.get_comm_counts().items():
             kinds[next(text for part, text in KINDS.items() if part in str(op).replace("_", ""))] += count

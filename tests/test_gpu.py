@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import packed_rows, sharp_model
 
+import model
+import parallel
 from benchmarks.lines import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -58,6 +61,40 @@ def test_resume_is_bitwise_identical_on_a_gpu(tmp_path):
     assert [(line["loss"], line["grad_norm"]) for line in again] == [
         (line["loss"], line["grad_norm"]) for line in whole[10:]
     ]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_flex_attention_computes_what_a_dense_mask_does(monkeypatch, dtype, tolerance, compiled, checkpointing):
+    """Loss and gradients; other kernels sum in another order, and bf16 rounds to 4e-3."""
+    batch = [tensor.cuda() for tensor in packed_rows([100, 1, 150, 49], [300], [3, 290, 7])]
+    results = []
+    for mask in (model.dense_mask, model.block_mask):
+        monkeypatch.setattr(model, "block_mask", mask)
+        llama = sharp_model(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=300).cuda()
+        for block in llama.model.layers:
+            if checkpointing == "selective":
+                parallel.keep_selected_activations(block)
+            if compiled:
+                parallel.apply_compile(block)
+            if checkpointing == "full":
+                parallel.keep_no_activations(block)
+        for parameter in llama.parameters():
+            parameter.data = parameter.to(dtype)
+        loss = llama(*batch)
+        loss.backward()
+        results.append((loss.item(), {name: p.grad.float() for name, p in llama.named_parameters()}))
+    (expected_loss, expected), (loss, gradients) = results
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() < tolerance * expected[name].norm(), name
+
+
+def test_packed_documents_that_do_not_see_each_other_are_learnt_from(tmp_path):
+    masked = ["--data.layout=pack", "--data.document_mask=true", "--parallel.param_dtype=bfloat16"]
+    lines = run(tmp_path / "run", *masked, "--parallel.compile=true", "--train.eval_every=10")
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

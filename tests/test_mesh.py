@@ -140,6 +140,7 @@ def test_the_mesh_does_not_change_the_result(runs, mesh, micro_batch, checkpoint
 
 
 KV = {"model__num_key_value_heads": 3}
+MASK = {"data__layout": "pack", "data__document_mask": True}
 OTHER_MODELS = [
     ("3 kv heads, tp2", 2, {**KV, "parallel__tp": 2}),
     ("3 kv heads, tp4", 4, {**KV, "parallel__tp": 4, "parallel__activation_checkpointing": "selective"}),
@@ -150,6 +151,9 @@ OTHER_MODELS = [
     ("tied, dp2 x tp2", 4, {"model__tie_word_embeddings": True, "parallel__tp": 2}),
     ("packed, dp2 x tp2", 4, {"data__layout": "pack", "parallel__tp": 2}),
     ("packed, dp4", 4, {"data__layout": "pack", "parallel__tp": 1}),
+    ("document mask, dp2 x tp2", 4, {**MASK, "parallel__tp": 2, "parallel__activation_checkpointing": "full"}),
+    ("document mask, dp4", 4, {**MASK, "parallel__tp": 1, "parallel__activation_checkpointing": "selective"}),
+    ("document mask, tp2, compiled", 2, {**MASK, "parallel__tp": 2, "parallel__compile": True}),
 ]
 
 

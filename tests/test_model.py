@@ -8,6 +8,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_module
 from model import IGNORE_INDEX, Llama, ModelConfig, flops_per_token, parameter_count
 
 SHAPES = {
@@ -44,6 +45,15 @@ def make_model(config: ModelConfig, seed: int = 0) -> Llama:
     return model
 
 
+def sharp_model(**changes) -> Llama:
+    """Weights larger than at the start, so that attention is not almost uniform."""
+    model = make_model(make_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 else 1.3)
+    return model
+
+
 def reference(model: Llama) -> transformers.LlamaForCausalLM:
     """Hugging Face's model with the same weights, which need no key map."""
     c = model.config
@@ -59,10 +69,7 @@ def reference(model: Llama) -> transformers.LlamaForCausalLM:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_logits_and_gradients_equal_transformers(shape):
-    model = make_model(make_config(**shape))
-    with torch.no_grad():  # larger than at the start, so that attention is not almost uniform
-        for parameter in model.parameters():
-            parameter.mul_(4.0 if parameter.ndim > 1 else 1.3)
+    model = sharp_model(**shape)
     theirs = reference(model)
     torch.manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (3, 41))
@@ -143,6 +150,47 @@ def test_a_pad_on_the_right_changes_no_real_token():
     row = torch.randint(128, (1, 20))
     padded = torch.cat((row, torch.full((1, 12), 5)), dim=1)
     torch.testing.assert_close(model(padded)[:, :20], model(row), rtol=1e-5, atol=1e-6)
+
+
+def packed_rows(*rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random input_ids and targets, and positions in documents of the given lengths; the next BOS is no target."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in rows])
+    input_ids, targets = torch.randint(128, (2, *positions.shape), generator=generator)
+    targets[:, :-1][positions[:, 1:] == 0] = IGNORE_INDEX
+    return input_ids, targets, positions
+
+
+def test_packed_documents_have_the_logits_loss_and_gradients_that_they_have_alone():
+    """float32 to 1e-5; without positions they see each other, and have not."""
+    rows = ([20, 1, 30, 9], [60], [2, 50, 8])
+    input_ids, targets, positions = packed_rows(*rows)
+    packed, alone = (sharp_model(num_attention_heads=8, num_key_value_heads=2) for _ in range(2))
+    loss, total = packed(input_ids, targets, positions), 0.0
+    logits, mixed = packed(input_ids, positions=positions), packed(input_ids)
+    for row, lengths in enumerate(rows):
+        for end, length in zip(torch.tensor(lengths).cumsum(0).tolist(), lengths, strict=True):
+            document = slice(row, row + 1), slice(end - length, end)
+            total += alone(input_ids[document], targets[document])
+            torch.testing.assert_close(logits[document], alone(input_ids[document]), rtol=1e-5, atol=1e-5)
+            assert (end == length) == torch.allclose(mixed[document], logits[document], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(loss, total, rtol=1e-6, atol=0)
+    loss.backward()
+    total.backward()
+    for name, parameter in packed.named_parameters():
+        expected = alone.get_parameter(name).grad
+        assert (parameter.grad - expected).norm() < 1e-5 * expected.norm(), name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_is_given_the_mask_that_a_cpu_uses(monkeypatch):
+    """What runs on a GPU, here without its kernel: forward only, on rows that no block of 128 divides."""
+    batch, model = packed_rows([100, 1, 150, 49], [300], [3, 290, 7]), sharp_model(max_position_embeddings=300)
+    dense = model(*batch)
+    monkeypatch.setattr(model_module, "compiled", lambda function: function)
+    monkeypatch.setattr(model_module, "dense_mask", model_module.block_mask)
+    torch.testing.assert_close(model(*batch), dense, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
