@@ -16,15 +16,20 @@ the cache of `datasets` -> `Rows`, which is arithmetic on document boundaries ->
 Shapes: B rows of a micro-batch, T = seq_len.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import sys
 import sysconfig
+import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import numpy as np
 import torch
@@ -36,12 +41,15 @@ from model import IGNORE_INDEX
 
 if TYPE_CHECKING:  # importing it takes a second: only where it is used
     import datasets
+    from tqdm import tqdm
 
 BOS_TOKENS = ["<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|bos|>"]
 EOS_TOKENS = ["<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>", "<|eos|>"]
 PAD_TOKENS = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>"]
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-STREAM_VERSION = 1  # part of the cache key: raise it when the stored form changes
+STREAM_VERSION = 2  # part of the cache key: raise it when the stored form changes
+PART_DOCUMENTS = 20_000  # in a file of tokens
+BATCH_DOCUMENTS, BATCH_BYTES = 2000, 2 * 2**20  # encoded at once: memory, some 30 times the bytes, against speed
 
 
 @dataclass
@@ -176,8 +184,7 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
         key = cache_key("tokenizer", identity, config.tokenizer_vocab_size, config.tokenizer_train_mib)
         path = cache_folder() / f"tokenizer-{key}.json"
         if not path.exists():
-            texts = (row["text"] for row in documents)
-            tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size, config.tokenizer_train_mib)
+            tokenizer = train_tokenizer(texts_of(documents), config.tokenizer_vocab_size, config.tokenizer_train_mib)
             unfinished = path.with_suffix(f".{os.getpid()}")
             tokenizer.save(str(unfinished))
             unfinished.replace(path)
@@ -239,82 +246,146 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 # Tokens
 
 
-def encode_documents(texts: list[str | None], tokenizer: Tokenizer, special: SpecialTokens) -> dict[str, list]:
-    """`[BOS] tokens [EOS]` of each text, and its bytes. Null texts are left out; an empty one is `[BOS] [EOS]`.
-
-    Tokenizers have opinions of their own about BOS and EOS: they are switched off, so that each comes once, from here.
-    """
-    texts = [text for text in texts if text is not None]
-    try:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"data.tokenizer cannot encode the documents: {error}") from error
-    return {
-        "input_ids": [[special.bos, *encoding.ids, special.eos] for encoding in encodings],
-        "num_bytes": [len(text.encode()) for text in texts],
-    }
-
-
 def check_not_empty(config: DataConfig, documents: int) -> None:
     if documents == 0:
         raise ValueError(f"data.dataset={config.dataset!r} holds no documents: name one with at least one document")
 
 
-def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> Path:
-    """Encode every document, once per (documents, tokenizer) on a machine; returns the Arrow file that holds them.
+def texts_of(documents: Union["datasets.Dataset", "datasets.IterableDataset"]) -> Iterator[str | None]:
+    """One text after the other: a few are looked up at once, but no more than one becomes a Python string."""
+    for table in documents.with_format("arrow").iter(100):
+        for text in table["text"]:
+            yield text.as_py()
 
-    The first rank of each node calls this, the others map the file. Raises ValueError.
+
+def batches_of(texts: Iterable[str | None]) -> Iterator[tuple[list[str], list[int], int]]:
+    """Texts, the bytes of each, and how many were read for them. Nulls are left out; a long text comes alone."""
+    batch, num_bytes, total, read = [], [], 0, 0
+    for text in texts:
+        size = 0 if text is None else len(text.encode())
+        if read and (total + size > BATCH_BYTES or read == BATCH_DOCUMENTS):
+            yield batch, num_bytes, read
+            batch, num_bytes, total, read = [], [], 0, 0
+        total, read = total + size, read + 1
+        if text is not None:
+            batch.append(text)
+            num_bytes.append(size)
+    if read:
+        yield batch, num_bytes, read
+
+
+def encode_documents(texts: list[str], tokenizer: Tokenizer, special: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
+    """`[BOS] tokens [EOS]` of each text, end to end, and where each starts. An empty text is `[BOS] [EOS]`.
+
+    Tokenizers have opinions of their own about BOS and EOS: they are switched off, so that each comes once, from here.
     """
-    from datasets import Features, List, Value
+    try:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"data.tokenizer cannot encode the documents: {error}") from error
+    starts = np.cumsum([0, *(len(encoding) + 2 for encoding in encodings)])
+    tokens = np.empty(starts[-1], dtype=np.int32)
+    tokens[starts[:-1]], tokens[starts[1:] - 1] = special.bos, special.eos
+    for encoding, start, stop in zip(encodings, starts[:-1], starts[1:], strict=True):
+        tokens[start + 1 : stop - 1] = encoding.ids
+    return tokens, starts
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Files that a killed process was writing. One that is still being written is locked by its writer, and stays."""
+    for path in folder.glob(".tmp-*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.stat().st_size > 0:  # else its writer may be about to lock it
+                path.unlink()
+
+
+def write_tokens(
+    path: Path, texts: Iterable[str | None], tokenizer: Tokenizer, special: SpecialTokens, bar: "tqdm | None" = None
+) -> None:
+    """An Arrow file of the encoded texts, under a name of its own until it is complete. `tokenizer` has no rules.
+
+    Two batches are encoded at once, so that one keeps the cores busy while the other's ids pass through Python. Memory
+    holds those two and the one that is being written, whatever the number of texts.
+    """
+    import pyarrow as pa
+
+    def encode(batch: list[str], num_bytes: list[int], read: int) -> tuple[pa.RecordBatch, int]:
+        tokens, starts = encode_documents(batch, tokenizer, special)
+        documents = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(tokens))
+        return pa.record_batch([documents, pa.array(num_bytes, pa.int64())], schema), read
+
+    def write_oldest() -> None:
+        batch, read = under_way.popleft().result()
+        writer.write(batch)
+        if bar is not None:
+            bar.update(read)
+
+    schema = pa.schema({"input_ids": pa.list_(pa.int32()), "num_bytes": pa.int64()})
+    unfinished, under_way = path.with_name(f".tmp-{uuid.uuid4().hex}"), deque()
+    with ThreadPoolExecutor(2) as pool, unfinished.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        with contextlib.suppress(OSError):  # there are file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for batch in batches_of(texts):
+            under_way.append(pool.submit(encode, *batch))
+            if len(under_way) > 2:
+                write_oldest()
+        while under_way:
+            write_oldest()
+    unfinished.rename(path)
+
+
+def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> list[Path]:
+    """Encode every document, once per (documents, tokenizer) on a machine; returns the Arrow files that hold them.
+
+    Each file holds PART_DOCUMENTS documents: a process that is killed loses one at most, and the next goes on from
+    there. The first rank of each node calls this, the others map the files. Raises ValueError.
+    """
     from tqdm import tqdm
 
     special = special_tokens(tokenizer, config)
     documents, identity = load_documents(config, show_skipped=show_progress)
     check_not_empty(config, len(documents))
-    key = cache_key(STREAM_VERSION, identity, tokenizer.to_str(), special.bos, special.eos)
-    path = cache_folder() / f"tokens-{key}.arrow"
-    if path.exists():
-        return path
+    key = cache_key(STREAM_VERSION, PART_DOCUMENTS, identity, tokenizer.to_str(), special.bos, special.eos)
+    folder = cache_folder() / f"tokens-{key}"
+    firsts = range(0, len(documents), PART_DOCUMENTS)
+    paths = [folder / f"{first:012d}.arrow" for first in firsts]
+    if all(path.exists() for path in paths):
+        return paths
+    folder.mkdir(exist_ok=True)
+    remove_unfinished(folder)
     tokenizer = without_rules(tokenizer)
-    bar = tqdm(total=len(documents), desc="tokenize", unit=" documents", leave=False, disable=not show_progress)
-
-    def encode(texts: list[str | None]) -> dict[str, list]:
-        bar.update(len(texts))
-        return encode_documents(texts, tokenizer, special)
-
-    with bar:
-        documents.map(  # writes under a temporary name and renames, so a kill leaves nothing half-done
-            encode,
-            batched=True,
-            batch_size=100,
-            input_columns="text",
-            remove_columns=documents.column_names,
-            features=Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")}),
-            cache_file_name=str(path),
-            load_from_cache_file=False,
-            new_fingerprint=path.stem,
-        )
-    return path
+    with tqdm(total=len(documents), desc="tokenize", unit=" documents", leave=False, disable=not show_progress) as bar:
+        for first, path in zip(firsts, paths, strict=True):
+            part = range(first, min(first + PART_DOCUMENTS, len(documents)))
+            if path.exists():  # from before a kill, or from another process
+                bar.update(len(part))
+            else:
+                write_tokens(path, texts_of(documents.select(part)), tokenizer, special, bar)
+    return paths
 
 
 class TokenStream:
-    """All documents of one Arrow file end to end, memory-mapped: random access costs no more than the tokens read."""
+    """All documents of some Arrow files end to end, memory-mapped: reading costs no more than the tokens read."""
 
-    def __init__(self, path: Path):
-        from datasets import Dataset as ArrowDataset
+    def __init__(self, paths: list[Path]):
+        import pyarrow as pa
 
-        self.path = path
-        table = ArrowDataset.from_file(str(path)).data
-        chunks = table.column("input_ids").chunks
-        self.values = [chunk.flatten().to_numpy() for chunk in chunks]
+        self.paths, self.values, lengths, num_bytes = paths, [], [[0]], []
+        for path in paths:
+            with pa.memory_map(str(path)) as file:  # what is mapped stays so after the file is closed
+                for batch in pa.ipc.open_stream(file):
+                    documents = batch["input_ids"]
+                    self.values.append(documents.values.to_numpy())
+                    lengths.append(np.diff(documents.offsets.to_numpy()))
+                    num_bytes.append(batch["num_bytes"].to_numpy())
         self.starts = np.cumsum([0] + [len(values) for values in self.values])
         # token i of document d is token document_starts[d] + i of the stream
-        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
-        self.document_starts = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
-        self.document_bytes = table.column("num_bytes").to_numpy()
+        self.document_starts = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+        self.document_bytes = np.concatenate([np.zeros(0, np.int64), *num_bytes])
 
-    def __reduce__(self):  # a loader worker maps the file again instead of receiving a copy of it
-        return TokenStream, (self.path,)
+    def __reduce__(self):  # a loader worker maps the files again instead of receiving a copy of them
+        return TokenStream, (self.paths,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32."""
@@ -403,13 +474,13 @@ class Corpus:
     fingerprint: str
 
 
-def load_corpus(config: DataConfig, tokenizer: Tokenizer, path: Path) -> Corpus:
+def load_corpus(config: DataConfig, tokenizer: Tokenizer, paths: list[Path]) -> Corpus:
     """Map what `tokenize` wrote and cut it into rows. Raises ValueError.
 
     The validation documents are a function of (their number, val_fraction) alone: not of the seed, so runs compare.
     """
     special = special_tokens(tokenizer, config)
-    stream = TokenStream(path)
+    stream = TokenStream(paths)
     count = len(stream.document_starts) - 1
     check_not_empty(config, count)  # null texts are none
     held_out = round(count * config.val_fraction)

@@ -72,7 +72,7 @@ def choose_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[Path]]:
 
 def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
     """The tokenizer as JSON, from rank 0; and the corpus, tokenised by the first rank of each node."""
-    rank, tokenizer_json, path = dist.get_rank(), None, None
+    rank, tokenizer_json, paths = dist.get_rank(), None, None
     with parallel.errors_stop_all_ranks():
         if rank == 0:
             recorded = run_dir / "tokenizer.json"  # trained before for this very run
@@ -82,10 +82,10 @@ def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     with parallel.errors_stop_all_ranks():
         if parallel.local_rank() == 0:
-            path = data.tokenize(config.data, tokenizer, show_progress=rank == 0)
-    path = parallel.gather(path)[rank - parallel.local_rank()]
+            paths = data.tokenize(config.data, tokenizer, show_progress=rank == 0)
+    paths = parallel.gather(paths)[rank - parallel.local_rank()]
     with parallel.errors_stop_all_ranks():
-        corpus = data.load_corpus(config.data, tokenizer, path)
+        corpus = data.load_corpus(config.data, tokenizer, paths)
     fingerprints = parallel.gather(corpus.fingerprint)
     with parallel.errors_stop_all_ranks():
         if len(set(fingerprints)) > 1:

@@ -1,9 +1,11 @@
 """Law 3 (no token is lost or repeated), law 8 (who sees which rows) and what data.py refuses; without a network."""
 
+import fcntl
 import gzip
 import importlib.util
 import json
 import math
+import multiprocessing as mp
 import pickle
 import re
 import sysconfig
@@ -12,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -40,7 +43,7 @@ DOCUMENTS = [
     # at a byte a token, n - 1 = k * SEQ_LEN + d targets, EOS among them
     *("x" * (k * SEQ_LEN + d - 1) for k in (1, 2, 3) for d in (-1, 0, 1)),
     SPELLED_OUT,
-    *(f"{i}" * (i % 7) for i in range(150)),  # the stored stream has a chunk every hundred documents
+    *(f"{i}" * (i % 7) for i in range(150)),
     "",
 ]
 
@@ -80,8 +83,8 @@ def make_corpus(config: DataConfig, tokenizer: Tokenizer) -> data.Corpus:
     return data.load_corpus(config, tokenizer, data.tokenize(config, tokenizer))
 
 
-def tokens_of(path: Path) -> list[int]:
-    stream = data.TokenStream(path)
+def tokens_of(paths: list[Path]) -> list[int]:
+    stream = data.TokenStream(paths)
     return stream.read(0, int(stream.document_starts[-1])).tolist()
 
 
@@ -97,6 +100,15 @@ def texts_of(rows: data.Rows, tokenizer: Tokenizer, eos: int) -> list[str]:
             tokens.append(token)
     assert not tokens, "the last document does not end in EOS"
     return documents
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_parts() -> None:
+    """A few dozen documents make several files of tokens, each of several chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PART_DOCUMENTS", 60)
+        patch.setattr(data, "BATCH_DOCUMENTS", 25)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -389,18 +401,19 @@ def test_a_tokenizer_is_trained_once_for_the_same_documents_and_size(tmp_path, m
 # The cache of tokens
 
 
-def files_of(cache: Path, *patterns: str) -> list[Path]:
-    return sorted(path for pattern in patterns for path in cache.rglob(pattern) if path.is_file())
+def files_of(cache: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in cache.rglob(pattern) if path.is_file())
 
 
 def test_tokenizing_happens_once_for_the_same_documents_and_tokenizer(tmp_path, monkeypatch, cache):
     config = make_config(write_jsonl(tmp_path / "a.jsonl", DOCUMENTS))
-    path = data.tokenize(config, byte_tokenizer(BOS, EOS))
-    written = path.stat().st_mtime_ns
+    paths = data.tokenize(config, byte_tokenizer(BOS, EOS))
+    written = [path.stat().st_mtime_ns for path in paths]
     monkeypatch.setattr(data, "encode_documents", None)
-    assert data.tokenize(config, byte_tokenizer(BOS, EOS)) == path
-    assert path.stat().st_mtime_ns == written
-    assert files_of(cache, "tokens-*", "tmp*", "cache-*") == [path]
+    assert data.tokenize(config, byte_tokenizer(BOS, EOS)) == paths
+    assert [path.stat().st_mtime_ns for path in paths] == written
+    assert len(paths) == math.ceil(len(DOCUMENTS) / 60)
+    assert files_of(cache / paths[0].parent.name, "*") == paths
 
 
 def test_another_text_tokenizer_or_special_token_gives_another_file(tmp_path):
@@ -412,7 +425,7 @@ def test_another_text_tokenizer_or_special_token_gives_another_file(tmp_path):
     paths.append(data.tokenize(make_config(str(file), eos_token="<a>"), tokenizer))
     write_jsonl(file, ["same size"])
     paths.append(data.tokenize(config, tokenizer))
-    assert len(set(paths)) == 5
+    assert len({path.parent for (path,) in paths}) == 5
     assert tokenizer.decode(tokens_of(paths[0])) == "some text"
     assert tokenizer.decode(tokens_of(paths[4])) == "same size"
 
@@ -420,7 +433,7 @@ def test_another_text_tokenizer_or_special_token_gives_another_file(tmp_path):
 def test_rows_of_another_length_or_layout_share_the_tokens(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     configs = [make_config(file), make_config(file, seq_len=32), make_config(file, layout="pack", val_fraction=0.5)]
-    assert len({data.tokenize(config, byte_tokenizer(BOS, EOS)) for config in configs}) == 1
+    assert len({tuple(data.tokenize(config, byte_tokenizer(BOS, EOS))) for config in configs}) == 1
 
 
 def test_splits_of_a_dataset_do_not_share_their_tokens(tmp_path):
@@ -432,24 +445,82 @@ def test_splits_of_a_dataset_do_not_share_their_tokens(tmp_path):
         assert tokenizer.decode(tokens_of(path)) == split
 
 
-def test_tokenizing_that_is_interrupted_leaves_nothing_and_starts_over(tmp_path, monkeypatch, cache):
-    texts = [f"document {i}" for i in range(2500)]
-    config, tokenizer = make_config(write_jsonl(tmp_path / "a.jsonl", texts)), byte_tokenizer(BOS, EOS)
-    encode, calls = data.encode_documents, []
+def as_if_killed(monkeypatch, after: int) -> list[str]:
+    """`encode_documents` stops the process after so many batches; returns the list of texts that it is given."""
+    encode, seen, calls = data.encode_documents, [], []
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) > 20:
+    def encode_or_stop(texts, *arguments):
+        calls.append(len(texts))
+        if len(calls) > after:
             raise KeyboardInterrupt
-        return encode(*arguments)
+        seen.extend(texts)
+        return encode(texts, *arguments)
 
+    monkeypatch.setattr(data, "encode_documents", encode_or_stop)
+    return seen
+
+
+def test_tokenizing_that_is_killed_goes_on_after_the_last_finished_part(tmp_path, monkeypatch):
+    texts = [f"document {i}" for i in range(500)]
+    config, tokenizer = make_config(write_jsonl(tmp_path / "a.jsonl", texts)), byte_tokenizer(BOS, EOS)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "encode_documents", interrupted)
+        as_if_killed(patch, after=10)
         with pytest.raises(KeyboardInterrupt):
             data.tokenize(config, tokenizer)
-    assert files_of(cache, "tokens-*", "tmp*") == []
+    (folder,) = (tmp_path / "cache").glob("tokens-*")
+    finished = {path: path.stat().st_mtime_ns for path in files_of(folder, "*.arrow")}
+    assert [path.name for path in finished] == [f"{first:012d}.arrow" for first in (0, 60, 120)]
+    (folder / ".tmp-of-a-killed-process").write_bytes(b"half")
+    seen = as_if_killed(monkeypatch, after=1000)
     corpus = make_corpus(config, tokenizer)
+    assert sorted(seen) == sorted(texts[180:])
     assert texts_of(corpus.train, tokenizer, corpus.special.eos) == texts
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert files_of(folder, ".tmp-*") == []
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    for name in ("of-a-killed-process", "of-a-living-one"):
+        (tmp_path / f".tmp-{name}").write_bytes(b"half")
+    (tmp_path / ".tmp-just-opened").touch()
+    with (tmp_path / ".tmp-of-a-living-one").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        data.remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.glob(".tmp-*")} == {".tmp-of-a-living-one", ".tmp-just-opened"}
+
+
+def tokenize_in_a_process(cache: Path, config: DataConfig, start: Any) -> None:
+    datasets.config.HF_DATASETS_CACHE = cache
+    data.PART_DOCUMENTS = 60
+    start.wait()
+    data.tokenize(config, byte_tokenizer(BOS, EOS))
+
+
+def test_processes_that_tokenize_the_same_at_the_same_time_do_not_disturb_each_other(tmp_path, cache):
+    texts, spawn = [f"document {i}" for i in range(3000)], mp.get_context("spawn")
+    config, start = make_config(write_jsonl(tmp_path / "a.jsonl", texts)), spawn.Barrier(2)
+    data.load_documents(config)
+    processes = [spawn.Process(target=tokenize_in_a_process, args=(cache, config, start)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "encode_documents", None)
+        corpus = make_corpus(config, byte_tokenizer(BOS, EOS))
+    assert texts_of(corpus.train, byte_tokenizer(BOS, EOS), corpus.special.eos) == texts
+    assert len(files_of(cache, "*/0*.arrow")) == 50 and files_of(cache, ".tmp-*") == []
+
+
+def test_documents_are_encoded_in_batches_of_limited_size(monkeypatch):
+    monkeypatch.setattr(data, "BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr(data, "BATCH_BYTES", 10)
+    texts = ["é" * 4, "xx", "x", None, None, "y" * 50, "", "z", *[None] * 7, ""]
+    batches = list(data.batches_of(texts))
+    assert [batch for batch, _, _ in batches] == [["é" * 4, "xx"], ["x"], ["y" * 50], ["", "z"], [""]]
+    assert [num_bytes for _, num_bytes, _ in batches] == [[8, 2], [1], [50], [0, 1], [0]]
+    assert [read for *_, read in batches] == [2, 3, 1, 5, 5]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -768,11 +839,11 @@ def test_the_fingerprint_changes_with_the_documents(tmp_path):
 
 def test_a_stream_travels_to_a_worker_as_its_path(tmp_path):
     config = make_config(write_jsonl(tmp_path / "a.jsonl", [LONG] * 50))
-    path = data.tokenize(config, byte_tokenizer(BOS, EOS))
-    sent = pickle.dumps(data.TokenStream(path))
+    paths = data.tokenize(config, byte_tokenizer(BOS, EOS))
+    sent = pickle.dumps(data.TokenStream(paths))
     assert len(sent) < 1000
     stream = pickle.loads(sent)
-    assert stream.read(0, 100).tolist() == tokens_of(path)[:100]
+    assert stream.read(0, 100).tolist() == tokens_of(paths)[:100]
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_workers": 2, "layout": "pack", "document_mask": True}])
