@@ -26,7 +26,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Union
@@ -70,7 +70,12 @@ class DataConfig:
     seq_len: Annotated[int, "inputs and targets in a row"] = 256
     layout: Annotated[Literal["pad", "pack"], "rows of one document, padded; or documents end to end, cut"] = "pad"
     document_mask: Annotated[bool, "packed documents do not see each other, and positions count from 0 in each"] = False
-    val_fraction: Annotated[float, "share of the documents held out for validation; 0 = no validation"] = 0.01
+    val_fraction: Annotated[
+        float, "share of the documents held out for validation; 0 = none; a validation set named below replaces it"
+    ] = 0.01
+    val_dataset: Annotated[str, 'validation documents, named like data.dataset, same column; "" = data.dataset'] = ""
+    val_subset: Annotated[str, 'subset of val_dataset; "" = data.subset if val_dataset is "", else none'] = ""
+    val_split: Annotated[str, 'split of the validation documents; "" = data.split'] = ""
     num_workers: Annotated[int, "loader processes per rank; 0 = load in the training process"] = 0
 
 
@@ -365,6 +370,31 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = Fal
     return paths
 
 
+def validation_source(config: DataConfig) -> DataConfig | None:
+    """The validation documents as if they were a dataset of their own, or None when they are held out."""
+    if not (config.val_dataset or config.val_subset or config.val_split):
+        return None
+    subset = config.val_subset or ("" if config.val_dataset else config.subset)
+    dataset, split = config.val_dataset or config.dataset, config.val_split or config.split
+    return replace(config, dataset=dataset, subset=subset, split=split, val_dataset="", val_subset="", val_split="")
+
+
+def tokenize_all(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> list[list[Path]]:
+    """`tokenize` of the training documents and, where they have a source of their own, of the validation documents."""
+    paths, source = [tokenize(config, tokenizer, show_progress)], validation_source(config)
+    if source is not None:
+        try:
+            paths.append(tokenize(source, tokenizer, show_progress))
+        except ValueError as error:
+            raise ValueError(f"the validation set that data.val_* name: {error}") from error
+        if paths[0] == paths[1]:
+            raise ValueError(
+                f"data.val_dataset={config.val_dataset!r}, data.val_subset={config.val_subset!r} and data.val_split="
+                f"{config.val_split!r} name the training documents: name others, or none and set data.val_fraction"
+            )
+    return paths
+
+
 class TokenStream:
     """All documents of some Arrow files end to end, memory-mapped: reading costs no more than the tokens read."""
 
@@ -474,29 +504,46 @@ class Corpus:
     fingerprint: str
 
 
-def load_corpus(config: DataConfig, tokenizer: Tokenizer, paths: list[Path]) -> Corpus:
-    """Map what `tokenize` wrote and cut it into rows. Raises ValueError.
+def load_corpus(
+    config: DataConfig, tokenizer: Tokenizer, paths: list[Path], val_paths: list[Path] | None = None
+) -> Corpus:
+    """Map what `tokenize_all` wrote and cut it into rows. Raises ValueError.
 
-    The validation documents are a function of (their number, val_fraction) alone: not of the seed, so runs compare.
+    Documents that are held out are a function of (their number, val_fraction) alone: not of the seed, so runs compare.
     """
     special = special_tokens(tokenizer, config)
+
+    def rows(stream: TokenStream, documents: np.ndarray) -> Rows:
+        return Rows(stream, np.sort(documents), config.seq_len, config.layout, special.pad, config.document_mask)
+
+    def all_documents(stream: TokenStream, source: DataConfig) -> np.ndarray:
+        check_not_empty(source, len(stream.document_bytes))  # null texts are none
+        return np.arange(len(stream.document_bytes))
+
     stream = TokenStream(paths)
-    count = len(stream.document_starts) - 1
-    check_not_empty(config, count)  # null texts are none
-    held_out = round(count * config.val_fraction)
-    if config.val_fraction > 0 and not 0 < held_out < count:
+    documents, fingerprint, validation = all_documents(stream, config), stream.fingerprint(), None
+    if val_paths is not None:
+        val_stream = TokenStream(val_paths)
+        validation = rows(val_stream, all_documents(val_stream, validation_source(config)))
+        fingerprint = cache_key(fingerprint, val_stream.fingerprint())
+    elif config.val_fraction > 0:
+        documents, held_out = hold_out(len(documents), config.val_fraction)
+        validation = rows(stream, held_out)
+    if validation and validation.num_bytes == 0:  # bits per byte would divide by it
+        raise ValueError("the validation documents are empty, all of them: raise data.val_fraction or name others")
+    return Corpus(special, rows(stream, documents), validation, fingerprint)
+
+
+def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Documents for training and for validation. Raises ValueError."""
+    held_out = round(count * share)
+    if not 0 < held_out < count:
         raise ValueError(
-            f"data.val_fraction={config.val_fraction} of {count} documents holds out {held_out} and leaves "
-            f"{count - held_out} for training: both need at least one, or set it to 0"
+            f"data.val_fraction={share} of {count} documents holds out {held_out} and leaves {count - held_out} for "
+            "training: both need at least one, or set it to 0"
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).numpy()
-    train, validation = (
-        Rows(stream, np.sort(documents), config.seq_len, config.layout, special.pad, config.document_mask)
-        for documents in (order[held_out:], order[:held_out])
-    )
-    if held_out and validation.num_bytes == 0:  # bits per byte would divide by it
-        raise ValueError(f"data.val_fraction={config.val_fraction} holds out empty documents only: raise it")
-    return Corpus(special, train, validation if held_out else None, stream.fingerprint())
+    return order[held_out:], order[:held_out]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

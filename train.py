@@ -82,10 +82,10 @@ def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     with parallel.errors_stop_all_ranks():
         if parallel.local_rank() == 0:
-            paths = data.tokenize(config.data, tokenizer, show_progress=rank == 0)
+            paths = data.tokenize_all(config.data, tokenizer, show_progress=rank == 0)
     paths = parallel.gather(paths)[rank - parallel.local_rank()]
     with parallel.errors_stop_all_ranks():
-        corpus = data.load_corpus(config.data, tokenizer, paths)
+        corpus = data.load_corpus(config.data, tokenizer, *paths)
     fingerprints = parallel.gather(corpus.fingerprint)
     with parallel.errors_stop_all_ranks():
         if len(set(fingerprints)) > 1:

@@ -2,7 +2,7 @@
 
 Speed is the tokens per second of `data.write_tokens`, Arrow file included, against `encode_batch` of `tokenizers` on
 the same texts, in turns. Memory is what a process holds beyond what it held before, while it tokenises a corpus that
-is larger; the corpus is the same texts over and over. Pages of mapped files are not counted, as the kernel takes them back when it needs them.
+is larger, the same texts over and over. Pages of mapped files do not count: the kernel takes them back when it must.
 """
 
 import json

@@ -23,7 +23,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+import configs
 import data
+import parallel
+import train
 from data import DataConfig, SpecialTokens, deal, epoch_order, rows_of_step
 from model import IGNORE_INDEX
 
@@ -823,6 +826,102 @@ def test_a_share_that_leaves_one_side_empty_is_refused(tmp_path, fraction):
     config = make_config(write_jsonl(tmp_path / "a.jsonl", TEXTS), val_fraction=fraction)
     with pytest.raises(ValueError, match=rf"data.val_fraction={fraction} of 200 documents .* set it to 0"):
         make_corpus(config, byte_tokenizer(BOS, EOS))
+
+
+def val_config(tmp_path: Path, **changes) -> DataConfig:
+    return make_config(write_jsonl(tmp_path / "a.jsonl", TEXTS), **changes)
+
+
+def load_all(config: DataConfig, tokenizer: Tokenizer) -> data.Corpus:
+    return data.load_corpus(config, tokenizer, *data.tokenize_all(config, tokenizer))
+
+
+def test_a_validation_set_of_its_own_leaves_all_documents_to_training(tmp_path, layout):
+    """Also with a val_fraction, which it replaces."""
+    others, tokenizer = [f"other document {i}" for i in range(30)], byte_tokenizer(BOS, EOS)
+    others_file = write_jsonl(tmp_path / "b.jsonl", others)
+    config = val_config(tmp_path, val_dataset=others_file, val_fraction=0.5, layout=layout)
+    corpus = load_all(config, tokenizer)
+    assert texts_of(corpus.train, tokenizer, corpus.special.eos) == TEXTS
+    assert texts_of(corpus.validation, tokenizer, corpus.special.eos) == others
+    assert corpus.validation.num_bytes == sum(map(len, others))
+
+
+def test_a_validation_set_can_be_another_split_of_the_same_dataset(tmp_path):
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "folder" / f"{split}.jsonl", [split])
+    tokenizer = byte_tokenizer(BOS, EOS)
+    corpus = load_all(make_config(str(tmp_path / "folder"), val_split="validation"), tokenizer)
+    texts = [texts_of(rows, tokenizer, corpus.special.eos) for rows in (corpus.train, corpus.validation)]
+    assert texts == [["train"], ["validation"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "source"),
+    [
+        ({}, None),
+        ({"val_dataset": "b"}, ("b", "", "train")),
+        ({"val_dataset": "b", "val_subset": "c", "val_split": "test"}, ("b", "c", "test")),
+        ({"val_split": "test"}, ("a", "s", "test")),
+        ({"val_subset": "c"}, ("a", "c", "train")),
+    ],
+)
+def test_what_is_not_said_of_the_validation_set_is_the_training_sets(config, source):
+    found = data.validation_source(DataConfig(dataset="a", subset="s", **config))
+    assert (found and (found.dataset, found.subset, found.split)) == source
+
+
+def test_the_fingerprint_tells_one_validation_set_from_another_and_from_none(tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in "bc"]
+    configs = [val_config(tmp_path, val_dataset=file) for file in ("", *files)]
+    assert len({load_all(config, byte_tokenizer(BOS, EOS)).fingerprint for config in configs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_dataset": "nope.jsonl"}, r"validation set that data.val_\* name: data.dataset='nope.jsonl' cannot be"),
+        ({"val_dataset": "{folder}/a.jsonl"}, "name the training documents"),
+        ({"val_split": "test"}, "name the training documents"),  # a single file has one split only
+        ({"val_dataset": "{folder}/empty.jsonl"}, "validation documents are empty, all of them"),
+    ],
+)
+def test_a_validation_set_that_is_none_is_refused(tmp_path, changes, message):
+    write_jsonl(tmp_path / "empty.jsonl", ["", ""])
+    changes = {key: value.format(folder=tmp_path) for key, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        load_all(val_config(tmp_path, **changes), byte_tokenizer(BOS, EOS))
+
+
+class PaysByTheByte(torch.nn.Module):
+    """Its loss is 2 bits for every byte of text, however the text is cut into tokens; EOS is free."""
+
+    def __init__(self, tokenizer: Tokenizer, eos: int):
+        super().__init__()
+        pieces = [tokenizer.decode([i]) if i != eos else "" for i in range(data.vocabulary_size(tokenizer))]
+        self.cost = torch.tensor([2 * math.log(2) * len(piece) for piece in pieces], dtype=torch.float64)
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        return self.cost[targets[targets != IGNORE_INDEX]].sum()
+
+
+def evaluate_with(tokenizer_json: str, config: DataConfig, cache: str) -> dict[str, float]:
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    corpus, device = load_all(config, tokenizer), torch.device("cpu")
+    settings = configs.Config(data=config, train=configs.TrainConfig(global_batch_size=6, micro_batch_size=3))
+    mesh = parallel.build_mesh(parallel.ParallelConfig(tp=1), device)
+    return train.evaluate(PaysByTheByte(tokenizer, corpus.special.eos), mesh, settings, corpus.validation, device)
+
+
+def test_bits_per_byte_compare_between_tokenizers(tmp_path, ranks, cache, layout):
+    """A model that pays 2 bits a byte gets 2, while its loss per token depends on the tokenizer and is no measure."""
+    config = val_config(tmp_path, val_fraction=0.25, layout=layout)
+    tokenizers = byte_tokenizer(BOS, EOS), data.train_tokenizer(TEXTS, 300, 1)
+    coarse, fine = (ranks(2, evaluate_with, each.to_str(), config, str(cache))[0] for each in tokenizers)
+    assert coarse["val_bits_per_byte"] == pytest.approx(2.0, rel=1e-9)
+    assert fine["val_bits_per_byte"] == pytest.approx(2.0, rel=1e-9)
+    assert abs(coarse["val_loss"] / fine["val_loss"] - 1) > 0.2
 
 
 def test_the_fingerprint_changes_with_the_documents(tmp_path):
