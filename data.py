@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -233,9 +233,11 @@ def special_tokens(tokenizer: Tokenizer, config: DataConfig) -> SpecialTokens:
     return SpecialTokens(bos, eos, eos if pad is None else pad)
 
 
-def without_rules(tokenizer: Tokenizer) -> Tokenizer:
+def without_rules(tokenizer: Tokenizer, special: SpecialTokens) -> Tokenizer:
     """A copy that pads nothing, cuts nothing, and takes "<|begin_of_text|>" written out in a text for text."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    for token in {special.bos, special.eos, special.pad}:  # some files do not say that they are special
+        tokenizer.add_special_tokens([AddedToken(tokenizer.id_to_token(token), special=True)])
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -256,11 +258,18 @@ def check_not_empty(config: DataConfig, documents: int) -> None:
         raise ValueError(f"data.dataset={config.dataset!r} holds no documents: name one with at least one document")
 
 
-def texts_of(documents: Union["datasets.Dataset", "datasets.IterableDataset"]) -> Iterator[str | None]:
-    """One text after the other: a few are looked up at once, but no more than one becomes a Python string."""
+def texts_of(documents: Union["datasets.Dataset", "datasets.IterableDataset"], first: int = 0) -> Iterator[str | None]:
+    """One text after the other: a few are looked up at once, but no more than one becomes a Python string.
+
+    `first` is the number of the first one, for the ValueError about text that is not UTF-8.
+    """
     for table in documents.with_format("arrow").iter(100):
-        for text in table["text"]:
-            yield text.as_py()
+        for number, text in enumerate(table["text"], start=first):
+            try:
+                yield text.as_py()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"document {number} (from 0) is not UTF-8, {error}: convert or remove it") from error
+        first += len(table)
 
 
 def batches_of(texts: Iterable[str | None]) -> Iterator[tuple[list[str], list[int], int]]:
@@ -287,12 +296,17 @@ def encode_documents(texts: list[str], tokenizer: Tokenizer, special: SpecialTok
     try:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # on all cores
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"data.tokenizer cannot encode the documents: {error}") from error
+        raise ValueError(f"the tokenizer cannot encode the documents: {error}") from error
     starts = np.cumsum([0, *(len(encoding) + 2 for encoding in encodings)])
     tokens = np.empty(starts[-1], dtype=np.int32)
     tokens[starts[:-1]], tokens[starts[1:] - 1] = special.bos, special.eos
     for encoding, start, stop in zip(encodings, starts[:-1], starts[1:], strict=True):
         tokens[start + 1 : stop - 1] = encoding.ids
+    if np.count_nonzero((tokens == special.bos) | (tokens == special.eos)) != 2 * len(texts):
+        raise ValueError(
+            f"the tokenizer makes its BOS or EOS, ids {special.bos} and {special.eos}, out of a document's text: "
+            "name tokens that no text contains with data.bos_token and data.eos_token"
+        )
     return tokens, starts
 
 
@@ -359,14 +373,17 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = Fal
         return paths
     folder.mkdir(exist_ok=True)
     remove_unfinished(folder)
-    tokenizer = without_rules(tokenizer)
+    tokenizer = without_rules(tokenizer, special)
     with tqdm(total=len(documents), desc="tokenize", unit=" documents", leave=False, disable=not show_progress) as bar:
         for first, path in zip(firsts, paths, strict=True):
             part = range(first, min(first + PART_DOCUMENTS, len(documents)))
             if path.exists():  # from before a kill, or from another process
                 bar.update(len(part))
             else:
-                write_tokens(path, texts_of(documents.select(part)), tokenizer, special, bar)
+                try:
+                    write_tokens(path, texts_of(documents.select(part), first), tokenizer, special, bar)
+                except ValueError as error:
+                    raise ValueError(f"data.dataset={config.dataset!r}: {error}") from error
     return paths
 
 

@@ -71,7 +71,8 @@ def main() -> None:
     texts, _ = data.stdlib_documents()
     config = data.DataConfig()
     tokenizer = data.load_tokenizer(config)
-    special, plain = data.special_tokens(tokenizer, config), data.without_rules(tokenizer)
+    special = data.special_tokens(tokenizer, config)
+    plain = data.without_rules(tokenizer, special)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.arrow"
         ours, theirs = [], []

@@ -260,6 +260,16 @@ def test_a_document_takes_as_many_rows_as_its_targets_need(tmp_path, layout, num
     assert (targets != IGNORE_INDEX).sum() == (num_targets - 1) % SEQ_LEN + 1
 
 
+def test_a_document_larger_than_a_batch_is_whole_and_encoded_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH_BYTES", 1000)
+    seen = as_if_killed(monkeypatch, after=1000)
+    large = " ".join(map(str, range(20_000)))
+    tokenizer, texts = byte_tokenizer(BOS, EOS), ["before", large, "after"]
+    corpus = make_corpus(make_config(write_jsonl(tmp_path / "a.jsonl", texts)), tokenizer)
+    assert texts_of(corpus.train, tokenizer, corpus.special.eos) == texts
+    assert sorted(seen) == sorted(texts)
+
+
 def test_a_null_is_no_document_and_an_empty_text_is_one(tmp_path):
     texts = ["first", *[None] * 250, "", "last", None]  # whole chunks of the stream are empty
     tokenizer = byte_tokenizer(BOS, EOS)
@@ -291,6 +301,25 @@ def test_special_tokens_written_out_in_a_document_are_text(tmp_path, name):
     assert (bos, eos) == (special.bos, special.eos)
     assert not {special.bos, special.eos, special.pad} & set(middle)
     assert tokenizer.decode(middle, skip_special_tokens=False) == SPELLED_OUT
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "said to be ordinary"])
+def test_brackets_written_out_are_text_whatever_the_tokenizers_file_says_of_them(tmp_path, special):
+    content = json.loads(byte_tokenizer("[BOS]", "[EOS]", "[PAD]").to_str())
+    for token in content["added_tokens"]:
+        token["special"] = special
+    tokenizer, text = Tokenizer.from_str(json.dumps(content)), "[BOS] a [EOS][PAD] [BOS"
+    bos, *middle, eos = tokens_of(data.tokenize(make_config(write_jsonl(tmp_path / "a.jsonl", [text])), tokenizer))
+    assert (bos, eos) == (0, 1) and not {0, 1, 2} & set(middle)
+    assert tokenizer.decode(middle, skip_special_tokens=False) == text
+
+
+def test_a_tokenizer_that_makes_eos_out_of_text_is_refused(tmp_path):
+    """Like one whose EOS stands for unknown words too: law 3 would break without a word."""
+    tokenizer = Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ["b"]))
+    with pytest.raises(ValueError, match=r"makes its BOS or EOS, ids 0 and 0, out of .* data.bos_token and data.eos"):
+        data.tokenize(config, tokenizer)
 
 
 @pytest.fixture
@@ -642,6 +671,8 @@ def broken(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     files = {"empty.txt": b"", "blank.txt": b"\n\n\n", "empty.jsonl": b"", "latin.txt": "é".encode("latin-1")}
     files |= {"not.jsonl": b"{not", "not.parquet": b"not", "lists.jsonl": b'{"text": ["a"]}\n', "a.rtf": b"text"}
+    files |= {"latin.jsonl": b'{"text": "a"}\n{"text": "\xe9"}\n', "half.jsonl": b'{"text": "a \\ud800 b"}\n'}
+    files |= {"mixed.jsonl": b'{"text": "a"}\n{"text": 3}\n', "torn.jsonl": b'{"text": "a"}\n{"text": "b"'}
     files |= {"folder/a.jsonl": b'{"text": "a"}\n', "a.jsonl.zst": frame_of_zstandard(b'{"text": "a"}\n')}
     for folder in ("folder", "bare"):
         Path(folder).mkdir()
@@ -676,12 +707,16 @@ ZSTANDARD = importlib.util.find_spec("zstandard")
         ({"dataset": "empty.parquet"}, NOTHING),
         ({"dataset": "nulls.parquet"}, NOTHING),
         ({"dataset": "latin.txt"}, "(?i:utf.?8)"),
+        ({"dataset": "latin.jsonl"}, r"document 1 \(from 0\) is not UTF-8.*convert or remove"),
+        ({"dataset": "half.jsonl"}, "surrogate"),
+        ({"dataset": "torn.jsonl"}, "JSON"),
         ({"dataset": "not.jsonl"}, "JSON"),
         ({"dataset": "not.parquet"}, "(?i:parquet file)"),
         ({"dataset": "folder", "split": "nope"}, "nope.*train"),
         ({"dataset": "folder", "subset": "nope"}, "nope.*default"),
         ({"text_column": "body", "dataset": "a.parquet"}, "a.parquet.* n, text"),
         ({"text_column": "n", "dataset": "a.parquet"}, "int64, not text: name a column of strings"),
+        ({"text_column": "text", "dataset": "mixed.jsonl"}, "not text: name a column of strings"),
         ({"text_column": "text", "dataset": "lists.jsonl"}, "not text: name a column of strings"),
         pytest.param(
             {"dataset": "a.jsonl.zst"}, "zst", marks=pytest.mark.skipif(bool(ZSTANDARD), reason="can be read")
