@@ -19,6 +19,7 @@ Shapes: B rows of a micro-batch, T = seq_len.
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import sys
 import sysconfig
@@ -606,3 +607,84 @@ def make_loader(rows: Rows, micro_batches: Iterable[list[int]], num_workers: int
 def as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """`Rows.__getitems__` makes whole batches already; a lambda could not be sent to a spawned worker."""
     return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A look at the data: python data.py [CONFIG.toml] [--section.key=value ...]
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Lines of a bar chart: how many lengths lie between two powers of two."""
+    counts = np.bincount(np.floor(np.log2(lengths)).astype(int))
+    first = np.flatnonzero(counts)[0]
+    bars = ["#" * math.ceil(36 * count / counts.max()) for count in counts]
+    lines = [f"{2**i:>12,} to {2 ** (i + 1) - 1:>11,} {counts[i]:>12,}  {bars[i]}" for i in range(first, len(counts))]
+    return [line.rstrip() for line in lines]
+
+
+def row_as_text(rows: Rows, index: int, tokenizer: Tokenizer, most: int = 480) -> str:
+    """A row's inputs, and its last target: special tokens by name, the middle of a long row left out."""
+    input_ids, targets = (tensor[0] for tensor in rows.__getitems__([index]))
+    real = int((targets != IGNORE_INDEX).nonzero()[-1]) + 1
+    inputs = tokenizer.decode(input_ids[:real].tolist(), skip_special_tokens=False)
+    if len(inputs) > most:
+        inputs = f"{inputs[: most // 2]} [... {len(inputs) - most:,} characters ...] {inputs[-most // 2 :]}"
+    padding = f" [{len(targets) - real} x padding]" if real < len(targets) else ""
+    last = tokenizer.decode([int(targets[real - 1])], skip_special_tokens=False)
+    text = f"row {index}: {inputs} -> {last}{padding}"
+    return text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d")
+
+
+def describe(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer, global_batch_size: int, seed: int) -> str:
+    """What a run trains on: numbers, and the first rows. Reads every token."""
+    rows, stream = corpus.train, corpus.train.stream
+    lengths = np.diff(rows.starts)
+    steps, left_over = divmod(len(rows), global_batch_size)
+    dropped = epoch_order(len(rows), seed, epoch=0)[len(rows) - left_over :].tolist()
+    lost = sum(int((rows.__getitems__([row])[1] != IGNORE_INDEX).sum()) for row in dropped)
+    positions = len(rows) * config.seq_len
+    masked = len(lengths) - 1 if config.layout == "pack" else 0  # each BOS but the first is some input's next token
+    vocabulary = vocabulary_size(tokenizer)
+    used = np.count_nonzero(sum(np.bincount(values, minlength=vocabulary) for values in stream.values))
+    held_out = corpus.validation
+    lines = [
+        f"documents    {len(lengths):,}, {rows.num_bytes / 2**20:,.1f} MiB of text",
+        f"tokens       {rows.num_targets:,} targets, {rows.num_bytes / rows.num_targets:.2f} bytes each",
+        f"rows         {len(rows):,} of {config.seq_len:,} tokens, layout {config.layout}",
+        f"padding      {1 - (rows.num_targets + masked) / positions:.2%} of the positions",
+        f"epoch        {steps:,} steps of {global_batch_size:,} rows; {left_over:,} rows are left over, with {lost:,} "
+        f"targets ({lost / rows.num_targets:.2%})",
+        f"vocabulary   {used:,} of {vocabulary:,} tokens occur ({used / vocabulary:.1%})",
+        f"validation   {len(held_out):,} rows, {held_out.num_targets:,} targets" if held_out else "validation   none",
+        "",
+        f"{'tokens in a document':>27} {'documents':>12}",
+        *histogram(lengths),
+    ]
+    ending = next(row for row in range(len(rows)) if corpus.special.eos in rows.__getitems__([row])[1])
+    for index in sorted({0, min(1, len(rows) - 1), ending}):  # the first ones, and the first with an end
+        text = row_as_text(rows, index, tokenizer)
+        lines += ["", *(text[start : start + 80] for start in range(0, len(text), 80))]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Everything is used from the modules as others import them: this one, run as a script, is a second copy."""
+    import configs
+    import data
+    import parallel
+
+    if {"-h", "--help"} & set(sys.argv):
+        print(configs.help_text().replace("[torchrun ...] train.py", "data.py"))
+        return
+    try:
+        config = configs.load([*sys.argv[1:], "--parallel.tp=1", "--parallel.dp_replicate=1"])  # this is one process
+        tokenizer = data.load_tokenizer(config.data)
+        paths = data.tokenize_all(config.data, tokenizer, show_progress=True)
+        corpus = data.load_corpus(config.data, tokenizer, *paths)
+    except (ValueError, OSError) as error:
+        parallel.stop_all_ranks(str(error))
+    print(data.describe(config.data, corpus, tokenizer, config.train.global_batch_size, config.train.seed))
+
+
+if __name__ == "__main__":
+    main()

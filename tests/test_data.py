@@ -6,8 +6,11 @@ import importlib.util
 import json
 import math
 import multiprocessing as mp
+import os
 import pickle
 import re
+import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable
@@ -996,3 +999,66 @@ def test_the_loader_gives_the_batches_in_the_order_asked_for(tmp_path, changes):
 def test_the_loader_pins_memory_for_a_gpu_only():
     assert not data.make_loader(range(1), [[0]], 0, torch.device("cpu")).pin_memory
     assert data.make_loader(range(1), [[0]], 0, torch.device("cuda", 1)).pin_memory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A look at the data
+
+
+def test_the_statistics_are_those_of_the_rows(tmp_path, layout):
+    texts = [*TEXTS, "", LONG]
+    config = val_config(tmp_path, layout=layout)
+    config.dataset = write_jsonl(tmp_path / "b.jsonl", texts)
+    corpus = make_corpus(config, byte_tokenizer(BOS, EOS))
+    lines = data.describe(config, corpus, byte_tokenizer(BOS, EOS), global_batch_size=7, seed=3).splitlines()
+    numbers = {line.split()[0]: re.findall(r"[\d.,]+\d|\d", line) for line in lines[:7]}
+    input_ids, targets = corpus.train.__getitems__(range(len(corpus.train)))
+    real = targets != IGNORE_INDEX
+    kept = flat(epoch_rows(len(corpus.train), 7, seed=3, epoch=0))
+    lost = int(real.sum() - real[kept].sum())
+    # what lies behind the last target of a row is padding, but for a BOS that the next row starts with
+    padding = sum(int(row.flip(0).int().argmax()) for row in real)
+    padding -= int((~real[:-1, -1] & (input_ids[1:, 0] == corpus.special.bos)).sum()) if layout == "pack" else 0
+    assert numbers["documents"][0] == str(len(texts))
+    assert numbers["tokens"][0] == f"{int(real.sum()):,}"
+    assert numbers["rows"][0] == str(len(corpus.train))
+    assert float(numbers["padding"][0]) == pytest.approx(100 * padding / real.numel(), abs=0.006)
+    assert numbers["epoch"][:4] == [str(len(kept) // 7), "7", str(len(corpus.train) - len(kept)), str(lost)]
+    assert numbers["vocabulary"][:2] == [str(len(set("".join(texts))) + 2), "258"]
+    histogram = {int(low.replace(",", "")): int(count) for low, _, _, count, *_ in map(str.split, lines[9:19])}
+    assert histogram == {2**i: sum(2**i <= len(text) + 2 < 2 ** (i + 1) for text in texts) for i in range(1, 11)}
+
+
+def test_rows_are_shown_with_bos_eos_and_padding(tmp_path):
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ["0123456789", "a\nb"]))
+    tokenizer = byte_tokenizer(BOS, EOS)
+    rows = make_corpus(config, tokenizer).train
+    assert [data.row_as_text(rows, row, tokenizer) for row in range(3)] == [
+        f"row 0: {BOS}0123456 -> 7",
+        f"row 1: 789 -> {EOS} [5 x padding]",
+        f"row 2: {BOS}a↵b -> {EOS} [4 x padding]",
+    ]
+    assert data.row_as_text(rows, 1, tokenizer, most=2) == f"row 1: 7 [... 1 characters ...] 9 -> {EOS} [5 x padding]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--data.dataset={folder}/a.jsonl"], 0, ["documents    198,", "row 0: <|begin_of_text|>document"]),
+        (["--data.dataset={folder}/nope.jsonl"], 2, ["error: data.dataset='{folder}/nope.jsonl' cannot be loaded"]),
+        (["--data.seqlen=4"], 2, ["error: data.seqlen: there is no such key: did you mean data.seq_len?"]),
+        (["--help"], 0, ["usage: data.py [CONFIG.toml]", "--data.val_dataset"]),
+    ],
+    ids=["documents", "no such documents", "no such key", "help"],
+)
+def test_the_command_line_shows_the_data_or_one_message(tmp_path, arguments, status, words):
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_DATASETS_CACHE", None)
+    command = [sys.executable, data.__file__, *(argument.format(folder=tmp_path) for argument in arguments)]
+    command += ["--data.tokenizer_vocab_size=300", f"--run.dir={tmp_path}/run"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == status, result.stderr
+    text = result.stdout if status == 0 else result.stderr
+    assert all(word.format(folder=tmp_path) in text for word in words)
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
