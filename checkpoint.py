@@ -66,6 +66,11 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step_" + "[0-9]" * 8))
 
 
+def oldest_step(run_dir: Path) -> int:
+    """Of the complete checkpoints; 0 without any."""
+    return next((int(path.name.removeprefix("step_")) for path in complete_checkpoints(run_dir)), 0)
+
+
 def find_resume(run_dir: Path, resume: str) -> list[Path]:
     """Checkpoints to start from, the best first; [] for a new run. Raises ValueError when a start would do damage."""
     own = complete_checkpoints(run_dir)

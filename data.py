@@ -11,7 +11,8 @@ The contract (laws 3 and 8 of this project):
   decides how those rows are dealt out: TP peers get the same ones, DP ranks different ones.
 
 The path of the data: source -> tokenizer -> one memory-mapped stream of tokens, made once per (documents, tokenizer) in
-the cache of `datasets` -> `Rows`, which is arithmetic on document boundaries -> batches of row numbers -> loader.
+the cache of `datasets` -> `Rows`, which is arithmetic on document boundaries -> batches of row numbers -> loader. Where
+no disk holds the corpus, stream.py does this file by file. `python data.py CONFIG` shows what comes out.
 
 Shapes: B rows of a micro-batch, T = seq_len.
 """
@@ -19,6 +20,7 @@ Shapes: B rows of a micro-batch, T = seq_len.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -30,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ from model import IGNORE_INDEX
 
 if TYPE_CHECKING:  # importing it takes a second: only where it is used
     import datasets
+    import pyarrow
     from tqdm import tqdm
 
 BOS_TOKENS = ["<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|bos|>"]
@@ -77,6 +80,10 @@ class DataConfig:
     val_dataset: Annotated[str, 'validation documents, named like data.dataset, same column; "" = data.dataset'] = ""
     val_subset: Annotated[str, 'subset of val_dataset; "" = data.subset if val_dataset is "", else none'] = ""
     val_split: Annotated[str, 'split of the validation documents; "" = data.split'] = ""
+    streaming: Annotated[
+        bool, "read the files of data.dataset as training reaches them and keep no copy; val_fraction is of the first"
+    ] = False
+    stream_files: Annotated[int, "files whose rows are shuffled together when streaming"] = 4
     num_workers: Annotated[int, "loader processes per rank; 0 = load in the training process"] = 0
 
 
@@ -98,6 +105,21 @@ def stdlib_documents() -> tuple[list[str], int]:
     return texts, unreadable
 
 
+def builder_of(path: str) -> str | None:
+    """The builder of `datasets` that reads files of this name."""
+    suffixes = Path(path).suffixes[-2:]
+    return BUILDERS.get(suffixes[0] if suffixes[1:] == [".gz"] else "".join(suffixes[-1:]))
+
+
+def not_loaded(config: DataConfig, error: Exception) -> ValueError:
+    cause = error.__cause__ or error
+    return ValueError(
+        f"data.dataset={config.dataset!r} cannot be loaded: {str(cause) or type(cause).__name__}\n"
+        f'it must be "stdlib", a path to {", ".join(BUILDERS)} with at least one document, or the id of a dataset '
+        "on the Hub, with its data.subset and data.split"
+    )
+
+
 def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["datasets.Dataset", str]:
     """The documents and a string that identifies them. Raises ValueError for what a user can get wrong."""
     import datasets
@@ -110,8 +132,7 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
             print(f"stdlib: skipped {not_utf8} files that are not UTF-8", file=sys.stderr)
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         return datasets.Dataset.from_dict({"text": texts}), digest
-    path = Path(config.dataset)
-    builder = BUILDERS.get(path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix)
+    path, builder = Path(config.dataset), builder_of(config.dataset)
     if builder and path.is_file() and path.stat().st_size == 0:
         check_not_empty(config, 0)
     try:
@@ -120,12 +141,7 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
         else:
             documents = datasets.load_dataset(config.dataset, config.subset or None, split=config.split)
     except Exception as error:  # of many kinds, all about the data
-        cause = error.__cause__ or error
-        raise ValueError(
-            f"data.dataset={config.dataset!r} cannot be loaded: {str(cause) or type(cause).__name__}\n"
-            f'it must be "stdlib", a path to {", ".join(BUILDERS)} with at least one document, or the id of a dataset '
-            "on the Hub, with its data.subset and data.split"
-        ) from error
+        raise not_loaded(config, error) from error
     if documents.builder_name == "text":  # empty lines separate documents and are none themselves
         filled = documents.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
         return filled, documents._fingerprint
@@ -140,6 +156,66 @@ def load_documents(config: DataConfig, show_skipped: bool = False) -> tuple["dat
     if config.text_column != "text":
         documents = documents.select_columns(config.text_column).rename_column(config.text_column, "text")
     return documents.select_columns("text"), f"{documents._fingerprint}/{config.text_column}"
+
+
+def source_files(config: DataConfig) -> list[str]:
+    """Paths or addresses of the dataset's files in the order of their names, for streaming. Raises ValueError."""
+    import datasets
+
+    builder = builder_of(config.dataset)
+    try:
+        if builder:
+            files = datasets.load_dataset_builder(builder, data_files=config.dataset).config.data_files["train"]
+        else:
+            found = datasets.load_dataset_builder(config.dataset, config.subset or None).config.data_files or {}
+            if config.split not in found:
+                raise ValueError(f"data.split={config.split!r} is not one of {', '.join(map(str, found))}")
+            files = found[config.split]
+        if not files:
+            raise ValueError("there is no such file")
+    except Exception as error:  # of many kinds, all about the data
+        raise not_loaded(config, error) from error
+    unknown = [file for file in files if builder_of(file) is None]
+    if unknown:
+        raise ValueError(
+            f"data.streaming=true reads {', '.join(BUILDERS)}, also as .gz, but {config.dataset} has {unknown[0]}: "
+            "set it to false"
+        )
+    return sorted(files)
+
+
+def file_version(file: str) -> str:
+    """Another one when a local file changes; the address of a file of the Hub names its revision."""
+    path = Path(file)
+    size_and_time = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ()
+    return cache_key(file, *size_and_time)
+
+
+def texts_of_file(file: str, text_column: str) -> Iterator[str | None]:
+    """The documents of one file, read as they are asked for. Raises ValueError."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    path, builder = Path(file), builder_of(file)
+
+    def tables() -> Iterator["pyarrow.Table"]:
+        if path.is_file() and path.stat().st_size == 0:  # a file may be empty; `datasets` stumbles over it
+            return
+        documents = datasets.load_dataset(builder, data_files=[file], split="train", streaming=True)
+        for table in documents.with_format("arrow").iter(100):
+            column = "text" if builder == "text" else text_column
+            if column not in table.column_names:
+                raise ValueError(f"data.text_column={text_column!r} is none of its {', '.join(table.column_names)}")
+            if str(table[column].type) not in ("string", "large_string", "null"):
+                raise ValueError(f"data.text_column={text_column!r} holds {table[column].type}, not text")
+            yield table.select([column])
+
+    try:
+        for text in texts_of(tables()):
+            yield text or None if builder == "text" else text  # as in load_documents
+    except Exception as error:  # of many kinds, all about the data
+        raise ValueError(f"{file} cannot be read: {error}: replace it; the same command then goes on") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,11 +262,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, train_mib: int) -> To
 def load_tokenizer(config: DataConfig) -> Tokenizer:
     """Train (once per documents and size, then from the cache), read, or download. Raises ValueError."""
     if config.tokenizer == "train":
-        documents, identity = load_documents(config)
+        if config.streaming:
+            files = source_files(config)
+            texts = itertools.chain.from_iterable(texts_of_file(file, config.text_column) for file in files)
+            identity = [config.text_column, *map(file_version, files)]
+        else:
+            documents, identity = load_documents(config)
+            texts = texts_of(documents.with_format("arrow").iter(100))
         key = cache_key("tokenizer", identity, config.tokenizer_vocab_size, config.tokenizer_train_mib)
         path = cache_folder() / f"tokenizer-{key}.json"
         if not path.exists():
-            tokenizer = train_tokenizer(texts_of(documents), config.tokenizer_vocab_size, config.tokenizer_train_mib)
+            tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size, config.tokenizer_train_mib)
             unfinished = path.with_suffix(f".{os.getpid()}")
             tokenizer.save(str(unfinished))
             unfinished.replace(path)
@@ -259,13 +341,13 @@ def check_not_empty(config: DataConfig, documents: int) -> None:
         raise ValueError(f"data.dataset={config.dataset!r} holds no documents: name one with at least one document")
 
 
-def texts_of(documents: Union["datasets.Dataset", "datasets.IterableDataset"], first: int = 0) -> Iterator[str | None]:
-    """One text after the other: a few are looked up at once, but no more than one becomes a Python string.
+def texts_of(tables: Iterable["pyarrow.Table"], first: int = 0) -> Iterator[str | None]:
+    """What the only column holds, one text after the other: no more than one becomes a Python string.
 
     `first` is the number of the first one, for the ValueError about text that is not UTF-8.
     """
-    for table in documents.with_format("arrow").iter(100):
-        for number, text in enumerate(table["text"], start=first):
+    for table in tables:
+        for number, text in enumerate(table[0], start=first):
             try:
                 yield text.as_py()
             except UnicodeDecodeError as error:
@@ -382,7 +464,8 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = Fal
                 bar.update(len(part))
             else:
                 try:
-                    write_tokens(path, texts_of(documents.select(part), first), tokenizer, special, bar)
+                    tables = documents.select(part).with_format("arrow").iter(100)
+                    write_tokens(path, texts_of(tables, first), tokenizer, special, bar)
                 except ValueError as error:
                     raise ValueError(f"data.dataset={config.dataset!r}: {error}") from error
     return paths
@@ -394,7 +477,8 @@ def validation_source(config: DataConfig) -> DataConfig | None:
         return None
     subset = config.val_subset or ("" if config.val_dataset else config.subset)
     dataset, split = config.val_dataset or config.dataset, config.val_split or config.split
-    return replace(config, dataset=dataset, subset=subset, split=split, val_dataset="", val_subset="", val_split="")
+    own = replace(config, dataset=dataset, subset=subset, split=split, val_dataset="", val_subset="", val_split="")
+    return replace(own, val_fraction=0.0, streaming=False)
 
 
 def tokenize_all(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> list[list[Path]]:
@@ -482,6 +566,26 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return int(self.first_rows[-1])
 
+    def __str__(self) -> str:
+        return f"{len(self):,} training rows"
+
+    def global_batches(self, first_step: int, size: int, seed: int) -> Iterator[Tensor]:
+        """The rows (size,) of each step from first_step on."""
+        return (rows_of_step(step, len(self), size, seed) for step in itertools.count(first_step))
+
+    def names(self, rows: Tensor) -> list[int]:
+        """What a person finds the rows by."""
+        return rows.tolist()
+
+    # What stream.StreamRows has to do, and a corpus that lies on the disk has not
+    counts = None
+
+    def start(self, counts: None, leads_node: bool) -> None:
+        pass
+
+    def forget(self, step: int) -> None:
+        pass
+
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """At most seq_len + 1 tokens, and which of them start a document."""
         piece = np.searchsorted(self.first_rows, index, side="right") - 1
@@ -514,12 +618,16 @@ class Rows(Dataset):
 
 @dataclass
 class Corpus:
-    """What training needs to know of the data."""
+    """What training needs to know of the data. Raises ValueError where there is nothing to validate on."""
 
     special: SpecialTokens
-    train: Rows
+    train: Rows  # when streaming, stream.StreamRows
     validation: Rows | None
     fingerprint: str
+
+    def __post_init__(self):
+        if self.validation and self.validation.num_bytes == 0:  # bits per byte would divide by it
+            raise ValueError("the validation documents are empty, all of them: raise data.val_fraction or name others")
 
 
 def load_corpus(
@@ -547,8 +655,6 @@ def load_corpus(
     elif config.val_fraction > 0:
         documents, held_out = hold_out(len(documents), config.val_fraction)
         validation = rows(stream, held_out)
-    if validation and validation.num_bytes == 0:  # bits per byte would divide by it
-        raise ValueError("the validation documents are empty, all of them: raise data.val_fraction or name others")
     return Corpus(special, rows(stream, documents), validation, fingerprint)
 
 
@@ -568,12 +674,17 @@ def hold_out(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
 # Order: which rows a step trains on, and who gets which of them
 
 
+def permutation(count: int, *key: int) -> Tensor:
+    """A function of its arguments alone."""
+    mixed = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
+    return torch.randperm(count, generator=generator)
+
+
 @lru_cache(maxsize=2)  # one for training, one for evaluation
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of all rows (8 bytes a row), a function of its arguments alone."""
-    mixed = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
-    return torch.randperm(num_rows, generator=generator)
+    """A permutation of all rows (8 bytes a row)."""
+    return permutation(num_rows, seed, epoch)
 
 
 def rows_of_step(step: int, num_rows: int, global_batch_size: int, seed: int) -> Tensor:
@@ -672,6 +783,7 @@ def main() -> None:
     import configs
     import data
     import parallel
+    import stream
 
     if {"-h", "--help"} & set(sys.argv):
         print(configs.help_text().replace("[torchrun ...] train.py", "data.py"))
@@ -679,8 +791,12 @@ def main() -> None:
     try:
         config = configs.load([*sys.argv[1:], "--parallel.tp=1", "--parallel.dp_replicate=1"])  # this is one process
         tokenizer = data.load_tokenizer(config.data)
-        paths = data.tokenize_all(config.data, tokenizer, show_progress=True)
-        corpus = data.load_corpus(config.data, tokenizer, *paths)
+        if config.data.streaming:
+            corpus, file = stream.first_corpus(config.data, tokenizer, Path(config.run.dir))
+            print(f"of {file} alone, as data.streaming=true:")
+        else:
+            paths = data.tokenize_all(config.data, tokenizer, show_progress=True)
+            corpus = data.load_corpus(config.data, tokenizer, *paths)
     except (ValueError, OSError) as error:
         parallel.stop_all_ranks(str(error))
     print(data.describe(config.data, corpus, tokenizer, config.train.global_batch_size, config.train.seed))

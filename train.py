@@ -28,6 +28,7 @@ import checkpoint
 import configs
 import data
 import parallel
+import stream
 from configs import Config, OptimConfig
 from model import IGNORE_INDEX, Llama, parameter_count
 from monitor import Meter, Monitor, check_wandb, make_tracer, say
@@ -72,7 +73,7 @@ def choose_checkpoint(candidates: list[Path]) -> tuple[Path | None, list[Path]]:
 
 def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
     """The tokenizer as JSON, from rank 0; and the corpus, tokenised by the first rank of each node."""
-    rank, tokenizer_json, paths = dist.get_rank(), None, None
+    rank, tokenizer_json, prepared = dist.get_rank(), None, None
     with parallel.errors_stop_all_ranks():
         if rank == 0:
             recorded = run_dir / "tokenizer.json"  # trained before for this very run
@@ -82,20 +83,28 @@ def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     with parallel.errors_stop_all_ranks():
         if parallel.local_rank() == 0:
-            paths = data.tokenize_all(config.data, tokenizer, show_progress=rank == 0)
-    paths = parallel.gather(paths)[rank - parallel.local_rank()]
+            if config.data.streaming:
+                prepared = stream.prepare(config.data, tokenizer, run_dir)
+            else:
+                prepared = data.tokenize_all(config.data, tokenizer, show_progress=rank == 0)
+    prepared = parallel.gather(prepared)[rank - parallel.local_rank()]
     with parallel.errors_stop_all_ranks():
-        corpus = data.load_corpus(config.data, tokenizer, *paths)
+        load_corpus = stream.load_corpus if config.data.streaming else data.load_corpus
+        corpus = load_corpus(config.data, tokenizer, *prepared)
     fingerprints = parallel.gather(corpus.fingerprint)
     with parallel.errors_stop_all_ranks():
         if len(set(fingerprints)) > 1:
             raise ValueError(f"data.dataset={config.data.dataset} is not the same on all nodes: copy it from one")
-        resolve_with_data(config, data.vocabulary_size(tokenizer), len(corpus.train))
+        num_rows = None if config.data.streaming else len(corpus.train)
+        resolve_with_data(config, data.vocabulary_size(tokenizer), num_rows)
     return tokenizer_json, corpus
 
 
-def resolve_with_data(config: Config, vocabulary: int, num_rows: int) -> None:
-    """Settle vocab_size and steps, and check what could not be checked before. Raises ValueError."""
+def resolve_with_data(config: Config, vocabulary: int, num_rows: int | None) -> None:
+    """Settle vocab_size and steps, and check what could not be checked before. Raises ValueError.
+
+    `num_rows` is None when streaming: then train.steps is given.
+    """
     model, train = config.model, config.train
     enough = math.ceil(vocabulary / 128) * 128
     model.vocab_size = model.vocab_size or enough
@@ -104,6 +113,8 @@ def resolve_with_data(config: Config, vocabulary: int, num_rows: int) -> None:
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocabulary} tokens: "
             f"raise it to {enough}, or set it to 0 (the tokenizer's)"
         )
+    if num_rows is None:
+        return
     steps_per_epoch = num_rows // train.global_batch_size
     if steps_per_epoch == 0:
         raise ValueError(
@@ -115,11 +126,21 @@ def resolve_with_data(config: Config, vocabulary: int, num_rows: int) -> None:
         raise ValueError(configs.warmup_error(config.optim.warmup_steps, train.steps))
 
 
-def micro_batches(config: Config, num_rows: int, mesh: DeviceMesh, first_step: int) -> Iterator[list[int]]:
-    """Row numbers of this rank's micro-batches, from first_step to the end of the run."""
-    for step in range(first_step, config.train.steps + 1):
-        rows = data.rows_of_step(step, num_rows, config.train.global_batch_size, config.train.seed)
-        yield from data.deal(rows, config.train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
+def micro_batches(
+    config: Config, rows: data.Rows | stream.StreamRows, mesh: DeviceMesh, first_step: int, dealt: dict[int, Tensor]
+) -> Iterator[list[int]]:
+    """Row numbers of this rank's micro-batches, from first_step to the end of the run; `dealt` gets those of each step.
+
+    The loader asks for them ahead of time.
+    """
+    train, steps = config.train, range(first_step, config.train.steps + 1)
+    global_batches = rows.global_batches(first_step, train.global_batch_size, train.seed)
+    try:
+        for step, batch in zip(steps, global_batches, strict=False):
+            dealt[step] = batch
+            yield from data.deal(batch, train.micro_batch_size, *parallel.dp_rank_and_size(mesh))
+    except ValueError as error:  # a file that cannot be read, which every rank waits for
+        parallel.stop_all_ranks(str(error))
 
 
 @torch.no_grad()
@@ -154,19 +175,19 @@ class SkippedSteps:
     """Which steps the optimizer has skipped because their loss or gradient was not finite."""
 
     def __init__(self):
-        self.flags, self.in_a_row = {}, 0
+        self.unread, self.in_a_row = [], 0
 
-    def record(self, step: int, flag: Tensor) -> None:
+    def record(self, step: int, rows: Tensor, flag: Tensor) -> None:
         """The flag stays on the device."""
-        self.flags[step] = flag
+        self.unread.append((step, rows, flag))
 
-    def read(self) -> list[int]:
-        """The skipped steps since the last call. Waits for the device; all ranks get the same."""
-        skipped, flags = [], torch.stack([*self.flags.values()]).tolist() if self.flags else []
-        for step, flag in zip(self.flags, flags, strict=True):
+    def read(self) -> list[tuple[int, Tensor]]:
+        """The skipped steps since the last call with their rows. Waits for the device; all ranks get the same."""
+        skipped = []
+        for step, rows, flag in self.unread:
             self.in_a_row = self.in_a_row + 1 if flag else 0
-            skipped += [step] if flag else []
-        self.flags.clear()
+            skipped += [(step, rows)] if flag else []
+        self.unread.clear()
         return skipped
 
 
@@ -241,13 +262,15 @@ def train(config: Config, device: torch.device) -> None:
     say(
         f"Llama with {parameter_count(model_config):,} parameters, {config.parallel.param_dtype}, on {device.type}; "
         f"mesh {' x '.join(f'{name} {mesh[name].size()}' for name in mesh.mesh_dim_names)}\n"
-        f"{len(corpus.train):,} training rows of {config.data.seq_len} tokens; a step takes {train.global_batch_size}, "
+        f"{corpus.train} of {config.data.seq_len} tokens; a step takes {train.global_batch_size}, "
         f"in {micro_steps} micro-steps of {train.micro_batch_size} on {dp_size} data-parallel ranks"
     )
     shutdown = Shutdown(mesh, config.parallel.timeout_seconds)
     saver = checkpoint.Saver(run_dir, config.checkpoint)
-    batches = micro_batches(config, len(corpus.train), mesh, first_step)
+    dealt: dict[int, Tensor] = {}  # rows of the steps that the loader works on
+    batches = micro_batches(config, corpus.train, mesh, first_step, dealt)
     with signals_held():
+        corpus.train.start(state.get("rows_of_files"), leads_node=parallel.local_rank() == 0)
         batches = iter(data.make_loader(corpus.train, batches, config.data.num_workers, device))
         monitor = Monitor(config, first_step, state.get("wandb_id"))
     trace = make_tracer(config, first_step)
@@ -256,9 +279,8 @@ def train(config: Config, device: torch.device) -> None:
     meter, skipped = Meter(config, device, first_step - 1, state.get("tokens", 0)), SkippedSteps()
 
     def report_skipped() -> None:
-        for step in skipped.read():
-            rows = data.rows_of_step(step, len(corpus.train), train.global_batch_size, train.seed)
-            monitor.log({"step": step, "skipped_rows": rows.tolist()})
+        for step, rows in skipped.read():
+            monitor.log({"step": step, "skipped_rows": corpus.train.names(rows)})
         if skipped.in_a_row > train.max_skipped_steps:
             with parallel.errors_stop_all_ranks():
                 saver.wait()
@@ -304,7 +326,7 @@ def train(config: Config, device: torch.device) -> None:
         optimizer.found_inf = (~finite).float()  # told so, the fused kernel leaves weights and moments as they are
         optimizer.step()
         optimizer.zero_grad()
-        skipped.record(step, ~finite)
+        skipped.record(step, dealt.pop(step), ~finite)
         tokens_seen += tokens
         trace(step)
 
@@ -326,8 +348,10 @@ def train(config: Config, device: torch.device) -> None:
                 shutdown.unwatch()
                 state |= {"tokens": int(tokens_seen.item()), "total_steps": train.steps, "identity": identity}
                 state |= {"status": f"{status} at step {step}", "unevaluated": unevaluated}
+                state["rows_of_files"] = corpus.train.counts
                 state["wandb_id"] = monitor.wandb.id if monitor.wandb else state.get("wandb_id")
                 saver.save(step, model, optimizer, state)
+                corpus.train.forget(checkpoint.oldest_step(run_dir))
         if stopping:
             break
 

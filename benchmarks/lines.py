@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ["model", "parallel", "data", "checkpoint", "shutdown", "train", "monitor", "configs/__init__"]
+FILES = ["model", "parallel", "data", "stream", "checkpoint", "shutdown", "train", "monitor", "configs/__init__"]
 FILES += ["generate", "explain"]
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

@@ -275,6 +275,7 @@ def range_errors(config: Config) -> list[str]:
         "parallel.timeout_seconds": 1,
         "data.seq_len": 1,
         "data.num_workers": 0,
+        "data.stream_files": 1,
         "data.tokenizer_train_mib": 1,
         "optim.warmup_steps": 0,
         "optim.weight_decay": 0,
@@ -324,6 +325,10 @@ def range_errors(config: Config) -> list[str]:
             f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="
             f"{data.tokenizer_vocab_size}: raise it, or set it to 0 (the tokenizer's)"
         )
+    if data.streaming and data.dataset == "stdlib":
+        errors.append('data.streaming=true reads files, and data.dataset="stdlib" is none: set it to false')
+    if data.streaming and train.steps == 0:
+        errors.append("train.steps=0 with data.streaming=true: how long an epoch is, is not known; give the steps")
     shares = [("data.val_fraction", data.val_fraction), *(("optim.betas", beta) for beta in optim.betas)]
     errors += [f"{key}={share} is outside [0, 1)" for key, share in shares if not 0 <= share < 1]
     if not 0 <= optim.min_lr_ratio <= 1:

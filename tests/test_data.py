@@ -1045,11 +1045,16 @@ def test_rows_are_shown_with_bos_eos_and_padding(tmp_path):
     ("arguments", "status", "words"),
     [
         (["--data.dataset={folder}/a.jsonl"], 0, ["documents    198,", "row 0: <|begin_of_text|>document"]),
+        (
+            ["--data.dataset={folder}/a.jsonl", "--data.streaming=true", "--train.steps=100"],
+            0,
+            ["of {folder}/a.jsonl alone", "documents    198,", "validation   2 rows"],
+        ),
         (["--data.dataset={folder}/nope.jsonl"], 2, ["error: data.dataset='{folder}/nope.jsonl' cannot be loaded"]),
         (["--data.seqlen=4"], 2, ["error: data.seqlen: there is no such key: did you mean data.seq_len?"]),
         (["--help"], 0, ["usage: data.py [CONFIG.toml]", "--data.val_dataset"]),
     ],
-    ids=["documents", "no such documents", "no such key", "help"],
+    ids=["documents", "streaming", "no such documents", "no such key", "help"],
 )
 def test_the_command_line_shows_the_data_or_one_message(tmp_path, arguments, status, words):
     write_jsonl(tmp_path / "a.jsonl", TEXTS)

@@ -1,0 +1,509 @@
+"""Streaming: laws 1, 2, 3 and 7 for a corpus that is read file by file; without a network."""
+
+import json
+import math
+import multiprocessing as mp
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import pytest
+from test_data import BOS, EOS, byte_tokenizer, texts_of, write_gzip, write_jsonl, write_lines, write_parquet
+from test_train import Lab, assert_close, facts, without_bars
+
+import configs
+import data
+import stream
+from data import DataConfig, permutation
+from model import IGNORE_INDEX
+from stream import StreamRows
+
+SEQ_LEN = 8
+TEXTS = [  # of files that are uneven: empty, without documents, of empty documents, of one long one
+    [],
+    ["a", "bb", ""],
+    ["".join(chr(33 + i * i % 89) for i in range(130))],
+    [None, None],
+    ["", ""],
+    [f"{i}" * (i % 13) for i in range(40)],
+    ["x" * SEQ_LEN, "y" * (SEQ_LEN - 1), "z" * (SEQ_LEN - 2)],
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["pad", "pack"])
+def layout(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    for i, texts in enumerate(TEXTS):
+        write_jsonl(tmp_path / "corpus" / f"{i}.jsonl", texts)
+    return tmp_path / "corpus"
+
+
+def make_config(dataset: Path | str, **changes) -> DataConfig:
+    values = {"dataset": str(dataset), "seq_len": SEQ_LEN, "val_fraction": 0.0, "streaming": True, "stream_files": 3}
+    return DataConfig(**{**values, **changes})
+
+
+class Alone(StreamRows):
+    """Does itself, and at once, what the process of a node does ahead."""
+
+    def prepare(self, files: list[int], upcoming: list[int]) -> None:
+        for file in (*files, *upcoming):
+            self.files.tokenize(file)
+        super().prepare(files, upcoming)
+
+
+def open_stream(config: DataConfig, run_dir: str = "run") -> Alone:
+    files, _ = stream.prepare(config, byte_tokenizer(BOS, EOS), Path(run_dir))
+    return Alone(files)
+
+
+def batches(rows: StreamRows, size: int = 4, first_step: int = 1, seed: int = 0, counts=None) -> Iterator[list[int]]:
+    rows.start(counts, leads_node=False)
+    for batch in rows.global_batches(first_step, size, seed):
+        yield batch.tolist()
+
+
+def epoch_of(rows: StreamRows, size: int, epoch: int = 0, seed: int = 0) -> list[list[int]]:
+    """The global batches of an epoch."""
+    everything = batches(rows, size, seed=seed)
+    next(everything)
+    for file in range(len(rows.counts)):
+        rows.files.tokenize(file)
+    steps = sum(rows.files.wait(file) for file in range(len(rows.counts))) // size
+    return list(islice(batches(rows, size, seed=seed), epoch * steps, (epoch + 1) * steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Law 3
+
+
+@pytest.mark.parametrize("stream_files", [1, 3, 100])
+def test_an_epoch_has_every_row_of_every_file_once_and_rows_have_every_token(corpus, layout, stream_files):
+    rows = open_stream(make_config(corpus, layout=layout, stream_files=stream_files))
+    epochs = [list(chain.from_iterable(epoch_of(rows, 1, epoch))) for epoch in (0, 1)]
+    everything = [file << 32 | row for file, count in enumerate(rows.counts) for row in range(count)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == everything
+    found = Counter()
+    for file, texts in enumerate(TEXTS):
+        expected = [text for text in texts if text is not None]
+        assert not expected or texts_of(rows.open(file), byte_tokenizer(BOS, EOS), rows.files.special.eos) == expected
+        found.update("".join(expected))
+    targets = rows.__getitems__(everything)[1]
+    targets = targets[targets != IGNORE_INDEX]
+    eos = rows.files.special.eos
+    assert (targets == eos).sum() == sum(text is not None for text in chain.from_iterable(TEXTS))
+    assert Counter(byte_tokenizer(BOS, EOS).decode(targets[targets != eos].tolist())) == found
+
+
+def test_rows_of_a_window_are_those_of_its_files_and_steps_go_across_its_border(corpus):
+    rows = open_stream(make_config(corpus))
+    taken = list(chain.from_iterable(epoch_of(rows, 1)))
+    order = permutation(len(TEXTS), 0, 0).tolist()
+    start = 0
+    for window in (order[:3], order[3:6], order[6:]):
+        count = sum(rows.counts[file] for file in window)
+        assert {number >> 32 for number in taken[start : start + count]} <= set(window)
+        start += count
+    assert [*chain.from_iterable(epoch_of(rows, 5))] == taken[: len(taken) // 5 * 5], "an epoch drops less than a batch"
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+@pytest.mark.parametrize("known", ["nothing", "manifest", "checkpoint"])
+def test_the_rows_of_a_step_do_not_depend_on_where_a_run_was_resumed(corpus, size, known):
+    """Over three epochs; whether the counts of the files come from nowhere, from the cache or from a checkpoint."""
+    config = make_config(corpus)
+    reference = open_stream(config)
+    steps = 3 * (len(list(chain.from_iterable(epoch_of(reference, 1)))) // size)
+    expected = list(islice(batches(reference, size), steps + 3))
+    for first_step in range(1, steps + 1, math.ceil(steps / 7)):
+        if known == "nothing":
+            shutil.rmtree(reference.files.folder)
+        resumed = open_stream(config, "other" if known == "checkpoint" else "run")
+        counts = reference.counts if known == "checkpoint" else None
+        found = list(islice(batches(resumed, size, first_step, counts=counts), 3))
+        assert found == expected[first_step - 1 : first_step + 2]
+
+
+def test_what_lies_behind_is_not_read_again_when_the_checkpoint_has_its_counts(corpus, monkeypatch):
+    reference = open_stream(make_config(corpus))
+    steps = len(epoch_of(reference, 4))
+    resumed, read = open_stream(make_config(corpus), "other"), []
+    texts_of_file = data.texts_of_file
+    monkeypatch.setattr(data, "texts_of_file", lambda *arguments: read.append(arguments) or texts_of_file(*arguments))
+    next(batches(resumed, 4, first_step=steps, counts=reference.counts))
+    behind = {*permutation(len(TEXTS), 0, 0)[:3].tolist()} - {*permutation(len(TEXTS), 0, 1)[:3].tolist()}
+    assert behind and {Path(address).name for address, _ in read}.isdisjoint(f"{file}.jsonl" for file in behind)
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 24), (2, 3), (4, 6), (24, 1)])
+def test_dp_ranks_share_out_a_step_whatever_the_mesh_also_with_more_ranks_than_files(corpus, dp_size, micro_batch_size):
+    for rows in islice(open_stream(make_config(corpus)).global_batches(1, 24, 0), 5):
+        dealt = [data.deal(rows, micro_batch_size, dp_rank, dp_size) for dp_rank in range(dp_size)]
+        of_ranks = [set(chain.from_iterable(batches)) for batches in dealt]
+        assert sum(map(len, of_ranks)) == 24 and set().union(*of_ranks) == set(rows.tolist())
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(corpus):
+    rows = open_stream(make_config(corpus))
+    orders = [tuple(chain.from_iterable(epoch_of(rows, 1, epoch, seed))) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(orders)) == len(orders)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def test_the_disk_holds_the_windows_in_use_and_no_more(tmp_path):
+    for i in range(40):
+        write_jsonl(tmp_path / "many" / f"{i:02d}.jsonl", [f"{i} {j}" for j in range(i % 4 + 1)])
+    rows, most = open_stream(make_config(tmp_path / "many", stream_files=2)), 0
+    for step, batch in enumerate(islice(batches(rows, 3), 150), start=1):
+        rows.__getitems__(batch)
+        if step % 5 == 0:  # a checkpoint every 5 steps, of which the two newest are kept
+            rows.leads_node = True
+            rows.forget(step - 5)
+            most = max(most, len(list(rows.files.folder.glob("*.arrow"))))
+    # 10 steps of 3 rows reach over at most 10 windows, of 3 rows at least; then the next window, and the first file
+    assert most <= 2 * 10 + 2 + 1 < 40
+    assert len(list(rows.files.folder.glob("*.rows"))) == 40
+
+
+def test_what_a_resume_from_the_oldest_kept_checkpoint_needs_is_still_there(corpus, monkeypatch):
+    config = make_config(corpus, stream_files=2)
+    for oldest in range(1, 12):
+        rows = open_stream(config, f"run{oldest}")
+        expected = list(islice(batches(rows, 4), oldest + 3))[oldest:]
+        rows.leads_node = True
+        rows.forget(oldest)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "texts_of_file", None)
+            resumed = StreamRows(rows.files)
+            assert list(islice(batches(resumed, 4, oldest + 1, counts=rows.counts), 3)) == expected
+
+
+def test_a_file_that_is_cut_off_is_not_taken_for_a_whole_one(corpus, monkeypatch):
+    config = make_config(corpus)
+    rows = open_stream(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rows.files.tokenize(5)
+    ended = threading.Event()
+    ended.set()
+    with pytest.raises(SystemExit):
+        rows.files.tokenize(5, ended)
+    assert not any(rows.files.path(5, suffix).exists() for suffix in ("arrow", "rows", "error"))
+    (rows.files.folder / ".tmp-of-a-killed-process").write_bytes(b"half")
+    again = open_stream(config)
+    assert list(rows.files.folder.glob(".tmp-*")) == []
+    again.files.tokenize(5)
+    assert texts_of(again.open(5), byte_tokenizer(BOS, EOS), again.files.special.eos) == TEXTS[5]
+
+
+def test_a_file_that_has_changed_in_the_middle_of_a_run_is_refused(corpus):
+    config = make_config(corpus)
+    counts = open_stream(config)
+    epoch_of(counts, 4)
+    write_jsonl(corpus / "5.jsonl", ["other text"] * 99)
+    changed = open_stream(config, "resumed")
+    with pytest.raises(ValueError, match=r"5.jsonl makes 198 rows now, and made \d+ earlier .* put the file back"):
+        list(islice(batches(changed, 4, counts=counts.counts), 40))
+
+
+def test_training_waits_for_a_file_that_is_not_ready_and_no_longer_than_its_process_lives(corpus):
+    files, started = open_stream(make_config(corpus)).files, time.monotonic()
+    timer = threading.Timer(0.4, files.tokenize, (5,))
+    timer.start()
+    assert files.wait(5) > 0 and time.monotonic() - started >= 0.4
+    timer.join()
+    ended = mp.get_context("spawn").Process(target=os.getpid)
+    ended.start()
+    ended.join()
+    with pytest.raises(ValueError, match="process that tokenises ahead has died, exit code 0"):
+        files.wait(6, ended)
+
+
+def test_what_goes_wrong_with_a_file_is_said_with_its_name(corpus, monkeypatch):
+    files = open_stream(make_config(corpus)).files
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_documents", lambda *_: 1 / 0)
+        files.tokenize(5)
+    with pytest.raises(ValueError, match=r"corpus/5.jsonl: division by zero"):
+        files.wait(5)
+    assert open_stream(make_config(corpus)).files.path(5, "error").exists() is False, "the next start tries again"
+
+
+def live_for_a_while(files: stream.Files, pipe) -> None:
+    """A parent that starts the process of a node, says which, and then hangs."""
+    rows = StreamRows(files)
+    rows.start(None, leads_node=True)
+    rows.requests.send([5])
+    pipe.send(rows.process.pid)
+    time.sleep(600)
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie, which nobody in a container may have waited for, is not."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def test_the_process_that_tokenizes_ahead_ignores_signals_and_ends_with_training(corpus):
+    files = open_stream(make_config(corpus)).files
+    ours, theirs = mp.Pipe()
+    parent = mp.get_context("spawn").Process(target=live_for_a_while, args=(files, theirs))
+    parent.start()
+    pid = ours.recv()
+    assert files.wait(5) > 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    time.sleep(0.3)
+    assert is_alive(pid)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 30
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation, tokenizer, sources
+
+
+def test_validation_documents_are_of_the_first_file_and_in_no_training_row(tmp_path, layout):
+    texts = [f"document {i}" for i in range(20)]
+    for name in "ab":
+        write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {text}" for text in texts])
+    config, tokenizer = make_config(tmp_path / "corpus", layout=layout, val_fraction=0.25), byte_tokenizer(BOS, EOS)
+    found = stream.load_corpus(config, tokenizer, *stream.prepare(config, tokenizer, Path("run")))
+    held_out, first = (texts_of(rows, tokenizer, found.special.eos) for rows in (found.validation, found.train.open(0)))
+    assert len(held_out) == 5 and sorted(held_out + first) == sorted(f"a {text}" for text in texts)
+    found.train.files.tokenize(1)
+    assert texts_of(found.train.open(1), tokenizer, found.special.eos) == [f"b {text}" for text in texts]
+    assert found.train.files.wait(0) == len(found.train.open(0)), "the rows of the first file are counted without them"
+    found.train.forget(10**9)
+    assert found.train.files.path(0, "arrow").exists(), "the validation rows are read from it"
+
+
+def test_a_validation_set_of_its_own_leaves_every_document_to_training(tmp_path, corpus):
+    others = write_jsonl(tmp_path / "others.jsonl", ["other 1", "other 2"])
+    config = make_config(corpus, val_dataset=others, val_fraction=0.5)
+    tokenizer = byte_tokenizer(BOS, EOS)
+    found = stream.load_corpus(config, tokenizer, *stream.prepare(config, tokenizer, Path("run")))
+    assert texts_of(found.validation, tokenizer, found.special.eos) == ["other 1", "other 2"]
+    found.train.files.tokenize(1)
+    assert texts_of(found.train.open(1), tokenizer, found.special.eos) == TEXTS[1]
+
+
+def test_the_tokenizer_is_trained_on_the_first_files_and_no_more_are_read(tmp_path, monkeypatch):
+    for name, letters in (("a", "ab "), ("b", "cd "), ("c", "zebra ")):
+        write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", [letters * 100_000] * 4)
+    texts_of_file, read = data.texts_of_file, []
+    monkeypatch.setattr(data, "texts_of_file", lambda *arguments: read.append(arguments) or texts_of_file(*arguments))
+    config = make_config(tmp_path / "corpus", tokenizer_vocab_size=300, tokenizer_train_mib=2)
+    trained = data.load_tokenizer(config)
+    assert [Path(file).name for file, _ in read] == ["a.jsonl", "b.jsonl"]
+    assert data.load_tokenizer(config).to_str() == trained.to_str() and len(read) == 2, "once, then from the cache"
+
+
+ANY = ["one", "", "  ", "two\nlines é 😀", None]
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda f: write_jsonl(f / "a.jsonl", ANY), ANY),
+        (lambda f: write_gzip(f / "a.jsonl.gz", write_jsonl(f / "b", ANY)), ANY),
+        (lambda f: write_parquet(f / "a.parquet", ANY), ANY),
+        (lambda f: write_lines(f / "a.txt", ["one", "", "two é", ""]), ["one", None, "two é"]),
+        (lambda f: write_lines(f / "a.txt", []), []),
+        (lambda f: write_jsonl(f / "a.jsonl", []), []),
+    ],
+    ids=["jsonl", "jsonl.gz", "parquet", "txt", "empty txt", "empty jsonl"],
+)
+def test_documents_of_a_file_and_of_its_folder_are_the_same(tmp_path, write, expected):
+    (tmp_path / "folder").mkdir()
+    file = write(tmp_path / "folder")
+    (tmp_path / "folder" / "b").unlink(missing_ok=True)
+    assert list(data.texts_of_file(file, "text")) == expected
+    pattern = str(tmp_path / "folder" / "*") + "".join(Path(file).suffixes)
+    assert data.source_files(make_config(file)) == data.source_files(make_config(pattern)) == [file]
+    if expected:
+        assert data.source_files(make_config(tmp_path / "folder")) == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "JSON parse error"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "UTF-8"),
+        ("a.jsonl", b'{"body": "a"}\n', r"data.text_column='text' is none of its body"),
+        ("a.jsonl", b'{"text": 3}\n', r"data.text_column='text' holds int64, not text"),
+        ("a.jsonl.gz", b"no gzip", "(?i)gzip"),
+        ("a.parquet", b"PAR1 junk", "(?i)parquet"),
+        ("a.txt", b"\xe9\n", "(?i)utf.?8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} cannot be read: .*: replace it") as error:
+        list(data.texts_of_file(str(tmp_path / name), "text"))
+    assert re.search(message, str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "nope"}, "data.dataset='nope' cannot be loaded"),
+        ({"dataset": "nope*.jsonl"}, r"cannot be loaded"),
+        ({"split": "test"}, "data.split='test' is not one of train"),
+        ({"dataset": "{folder}/table"}, r"data.streaming=true reads .txt.*a.csv: set it to false"),
+        ({"val_dataset": "{folder}/corpus/5.jsonl"}, "name files of the training documents"),
+        ({"val_fraction": 0.5}, "data.val_fraction=0.5 of 0 documents"),
+        (
+            {"dataset": "{folder}/corpus/1.jsonl", "global_batch_size": 99},
+            "3 training rows, fewer than .*=99: lower it",
+        ),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(tmp_path, corpus, changes, message):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "a.csv").write_text("text\na\n")
+    size = changes.pop("global_batch_size", 4)
+    changes = {
+        key: str(value).format(folder=tmp_path) if key != "val_fraction" else value for key, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        next(batches(open_stream(make_config(**{"dataset": corpus, **changes})), size))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.steps=0"], "train.steps=0 with data.streaming=true: .* give the steps"),
+        (["--data.stream_files=0"], "data.stream_files=0 is below 1"),
+        (["--data.dataset=stdlib"], "data.streaming=true reads files, .*stdlib"),
+    ],
+)
+def test_a_configuration_that_cannot_stream_is_refused(arguments, message):
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.load(["--data.dataset=a.jsonl", "--data.streaming=true", *arguments])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line from end to end
+
+STEPS, EVERY = 20, 4
+STREAMING = f"""
+data.stream_files=2 data.val_fraction=0.3 train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=0
+""".split()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Lab:
+    """As in test_train, with documents in files that are uneven and take three epochs for the run."""
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    lab.documents = lab.folder / "corpus"
+    words, generator = ["def", "return", "x", "(y)", "naïve", "日本", "🙂", "+"], random.Random(0)
+    for i, count in enumerate((9, 0, 7, 1, 12, 5)):
+        lengths = generator.choices([0, 1, 5, 12, 60], k=count)
+        texts = [" ".join(generator.choices(words, k=length)) for length in lengths]
+        write_jsonl(lab.documents / f"{i}.jsonl", texts)
+    return lab
+
+
+def arguments(run_dir: Path, *more: str) -> list[str]:
+    return [f"--run.dir={run_dir}", "--data.streaming=true", *(f"--{argument}" for argument in STREAMING), *more]
+
+
+@pytest.fixture(scope="module")
+def reference(lab) -> Path:
+    run_dir = lab.folder / "reference"
+    result = lab.run_to_end(*arguments(run_dir))
+    assert without_bars(result.stderr) == ""
+    state = json.loads((run_dir / f"checkpoints/step_{STEPS:08d}/state.json").read_text())
+    assert None not in state["rows_of_files"] and sum(state["rows_of_files"]) * 2 < STEPS * 8, "two epochs at least"
+    return run_dir
+
+
+def test_four_ranks_on_two_axes_compute_what_one_rank_does(lab, reference):
+    run_dir = lab.folder / "four"
+    result = lab.run_to_end(*arguments(run_dir, "--parallel.tp=2"), ranks=4)
+    assert without_bars(result.stderr) == ""
+    assert_close(facts(run_dir), facts(reference))
+
+
+def test_resume_after_two_kills_is_bitwise_identical_with_a_worker_and_without_the_cache(lab, reference):
+    run_dir = lab.folder / "killed"
+    checkpoints, command = run_dir / "checkpoints", arguments(run_dir, "--data.num_workers=1")
+    for step in (EVERY, 2 * EVERY):
+        lab.run_and_kill(*command, when=(checkpoints / f"step_{step:08d}").exists)
+    assert not (checkpoints / f"step_{STEPS:08d}").exists(), "killed too late to tell anything"
+    shutil.rmtree(lab.folder / "hf")
+    result = lab.run_to_end(*command)
+    assert without_bars(result.stderr) == ""
+    assert f"resumed from {checkpoints}/step_0000" in result.stdout
+    assert facts(run_dir) == facts(reference)
+
+
+@pytest.mark.parametrize(("ranks", "suffix"), [(1, ".jsonl"), (2, ".parquet")])
+def test_a_broken_file_stops_the_run_by_name_and_the_run_goes_on_once_it_is_replaced(lab, reference, ranks, suffix):
+    run_dir, folder = lab.folder / f"broken{suffix}", lab.folder / f"corpus_{suffix[1:]}"
+    folder.mkdir()
+    for file in lab.documents.iterdir():
+        if suffix == ".parquet":
+            texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+            write_parquet(folder / f"{file.stem}.parquet", texts)
+        else:
+            shutil.copy(file, folder)
+    broken = folder / f"{permutation(6, 0, 0)[-1]}{suffix}"  # in the last window
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) * 3 // 4])
+    # a tokenizer of its own would be trained on all files of so small a corpus, and would find the broken one
+    command = arguments(run_dir, f"--data.dataset={folder}", f"--data.tokenizer={reference}/tokenizer.json")
+    command += ["--checkpoint.every=1", "--parallel.tp=1"]
+    result = lab.run(*command, ranks=ranks)
+    assert result.returncode == (2 if ranks == 1 else 1), result.stderr
+    assert len(re.findall("(?m)^error: ", result.stderr)) == 1 and str(broken) in result.stderr
+    assert "replace it; the same command then goes on" in result.stderr
+    assert 'train.py", line' not in result.stderr and (ranks > 1 or "Traceback" not in result.stderr)
+    assert list((run_dir / "checkpoints").glob("step_*")), "it was to be found in the middle of the run"
+    broken.write_bytes(content)
+    result = lab.run_to_end(*command, ranks=ranks)
+    assert "resumed from" in result.stdout
+    assert_close(facts(run_dir), facts(reference))
+
+
+def test_another_list_of_files_is_another_run(lab, reference):
+    extra = lab.documents / "9.jsonl"
+    try:
+        write_jsonl(extra, ["one more"])
+        result = lab.run(*arguments(reference, "--train.steps=30"))
+    finally:
+        extra.unlink()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.search(r"(?s)error: .*another run:\n +data: '\w+' there, '\w+' now\n", result.stderr)
