@@ -128,7 +128,9 @@ class Recorder(TorchDispatchMode):
         if placements:
             self.layouts[id(tensor)] = tensor, layout_text(placements[0], tensor.ndim)  # kept alive: the id stays its
         layout = self.layouts.get(id(tensor), (tensor, "-"))[1]
-        self.activations.setdefault(name, []).append([tuple(parallel.to_local(tensor).shape), layout])
+        moments = self.activations.setdefault(name, [])
+        if len(moments) < 4:  # of the first call: the loss calls the head chunk by chunk
+            moments.append([tuple(parallel.to_local(tensor).shape), layout])
 
     @torch.no_grad()
     def cause(self, func: torch._ops.OpOverload, sent: Tensor) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 IGNORE_INDEX = -100  # a target that is no target: padding
+LOGITS_AT_ONCE = 2**27  # of a rank's rows, over all its TP peers: half a GiB in float32, and four times that at work
 
 
 @dataclass
@@ -163,6 +164,61 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (N, V) that nothing was recorded of."""
+    with torch.enable_grad():
+        loss = summed_cross_entropy(logits.requires_grad_(), targets)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+class LossOfChunks(torch.autograd.Function):
+    """`SummedLoss` with gradients: those of a chunk follow its loss at once, and backward only hands them over."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, size: int) -> Tensor:
+        loss, hidden_grads, weight_grad = 0.0, [], None
+        for chunk, some in zip(hidden.detach().split(size), targets.split(size), strict=True):
+            chunk_loss, grad = loss_and_gradient(head(chunk), some)
+            loss = loss + chunk_loss
+            hidden_grads.append(grad @ weight)
+            more = grad.T @ chunk
+            weight_grad = more.float() if weight_grad is None else weight_grad.add_(more)  # bf16 would round each sum
+            del grad, more  # else they live through the next chunk
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            hidden_grad.mul_(grad),
+            weight_grad.mul_(grad),
+            None,
+            None,
+            None,
+        )  # in place: a second backward is refused
+
+
+class SummedLoss(nn.Module):
+    """The *sum* of the float32 loss of head(hidden) over real targets: hidden (B, T, D), targets (B, T).
+
+    With a large vocabulary, the logits and what backward makes of them would be most of all memory. So they come in
+    chunks, of which nothing is kept or computed again. It is a module so that a plan can gather `hidden` once for all.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B * T, D), (B * T)
+        size = max(1, LOGITS_AT_ONCE // head.out_features)
+        if torch.is_grad_enabled():
+            return LossOfChunks.apply(hidden, head.weight, targets, head, size)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return sum(summed_cross_entropy(head(chunk), some) for chunk, some in chunks)
+
+
 class Llama(nn.Module):
     """The whole model. Build it on the meta device, then `to_empty` and `init_weights` (see the top of this file)."""
 
@@ -177,6 +233,7 @@ class Llama(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss = SummedLoss()
         self.tie_weights()
         cos, sin = rope_tables(config, self.lm_head.weight.device)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -201,12 +258,8 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         for block in self.model.layers:
             x = block(x, cos, sin, mask)
-        logits = self.lm_head(self.model.norm(x))  # (B, T, V)
-        if targets is None:
-            return logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
+        x = self.model.norm(x)
+        return self.lm_head(x) if targets is None else self.loss(x, targets, self.lm_head)
 
     @torch.no_grad()
     def init_weights(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:

@@ -24,8 +24,9 @@ V vocabulary. A branch starts with an all-gather and ends with a reduce-scatter;
       gate_proj, up_proj       Shard(0)        (B, T, D)              (B, T, F/tp)
       down_proj                Shard(1)        (B, T, F/tp)           (B, T/tp, D)                 reduce-scatter
     norm                       Replicate       (B, T/tp, D)           (B, T/tp, D)
-    lm_head                    Shard(0) on V   (B, T/tp, D)           (B, T, V/tp), kept sharded   all-gather
-    loss                                       (B, T, V/tp)           sum, the same on all tp      all-reduces of (B, T)
+    loss                                       (B, T/tp, D)           (B, T, D) to lm_head         all-gather
+      lm_head                  Shard(0) on V   (n, D), n of B * T     (n, V/tp), kept sharded
+      cross-entropy                            (n, V/tp)              sum, the same on all tp      all-reduces of (n,)
 
 The backward pass mirrors it: an all-gather becomes a reduce-scatter and the other way round. What is replicated on tp
 (norms; k and v where tp does not divide the kv heads) has its gradient summed over tp in addition. Megatron-LM,
@@ -267,10 +268,13 @@ class ReplicatedKV(ParallelStyle):
 
 
 def top_level_plan() -> dict[str, ParallelStyle]:
-    """Embedding, last norm and head. The table at the top of this file reads along with it."""
+    """Embedding, last norm, loss and head. The table at the top of this file reads along with it."""
     return {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
+        "loss": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+        ),
         "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     }
 

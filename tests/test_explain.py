@@ -262,7 +262,7 @@ def test_layouts_agree_with_the_shapes_without_tensor_parallelism(explained, arg
             assert none == "-"
             assert layout != "-", name
             assert shape == tuple(size // 2 if i == dim else size for i, size in enumerate(full)), name
-    assert [cut.activations[name][-1][1] for name in ("model.embed_tokens", "lm_head")] == ["S(1)", "S(2)"]
+    assert [cut.activations[name][-1][1] for name in ("model.embed_tokens", "lm_head")] == ["S(1)", "S(1)"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,12 +289,12 @@ MIRRORED = {
     "block.self_attn.o_proj": (SCATTER_TP, GATHER_TP),
     "block.mlp": (GATHER_TP, SCATTER_TP),
     "block.mlp.down_proj": (SCATTER_TP, GATHER_TP),
-    "lm_head": (GATHER_TP, SCATTER_TP),
+    "loss": (GATHER_TP, SCATTER_TP),
 }
 PLAN = {
     **{(name, "forward", *forward): 1 for name, (forward, _) in MIRRORED.items()},
     **{(name, "backward", *backward): 1 for name, (_, backward) in MIRRORED.items()},
-    ("", "forward", *SUM_TP): 3,  # the loss: largest logit, sum of exponentials, the target's logit
+    ("loss", "forward", *SUM_TP): 3,  # the loss: largest logit, sum of exponentials, the target's logit
     **{
         (name, "backward", *SUM_TP): 1  # gradients of norms over tp
         for name in ("block.input_layernorm", "block.post_attention_layernorm", "model.norm")

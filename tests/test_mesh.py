@@ -8,9 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import configs
 import data
+import model
 import train
 
 STEPS = 20
@@ -49,7 +51,10 @@ def run_training(arguments: list[str], cache: str) -> None:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = Path(cache)
-    with mock.patch.object(data, "rows_of_step", rows_with_gaps), contextlib.redirect_stdout(io.StringIO()):
+    chunk = 23 * 384 if dist.get_world_size() > 1 else model.LOGITS_AT_ONCE  # 23 rows of logits at once, against all
+    gaps = mock.patch.object(data, "rows_of_step", rows_with_gaps)
+    chunks = mock.patch.object(model, "LOGITS_AT_ONCE", chunk)
+    with gaps, chunks, contextlib.redirect_stdout(io.StringIO()):
         train.train(configs.load(arguments), torch.device("cpu"))
 
 

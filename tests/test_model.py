@@ -90,6 +90,28 @@ def test_logits_and_gradients_equal_transformers(shape):
         assert error < 1e-5, f"{name}: {error}"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 41, 1000])
+def test_the_loss_in_chunks_is_that_of_whole_logits(monkeypatch, tokens_at_once, tied):
+    """With its gradients, whatever backward starts with; without; and never twice, which would scale them twice."""
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", tokens_at_once * 128)
+    whole, chunks = (sharp_model(tie_word_embeddings=tied) for _ in range(2))
+    input_ids, targets, positions = packed_rows([20, 1, 30, 9], [60])
+    logits = whole(input_ids, positions=positions).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    loss = chunks(input_ids, targets, positions)
+    with torch.no_grad():
+        for computed in (loss, chunks(input_ids, targets, positions)):
+            torch.testing.assert_close(computed, expected, rtol=1e-6, atol=0)
+    (3 * expected).backward()
+    (3 * loss).backward(retain_graph=True)
+    for name, parameter in chunks.named_parameters():
+        error = (parameter.grad - whole.get_parameter(name).grad).norm() / parameter.grad.norm()
+        assert error < 1e-5, f"{name}: {error}"
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_every_parameter_and_buffer_is_written():
     with torch.device("meta"):
         model = Llama(make_config())

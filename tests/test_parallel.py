@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from laws import watch
 from test_mesh import SIZES, run_training
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configs
 import data
 import model as model_module
 import parallel
+from benchmarks.loss_memory import FULL, WAYS, PeakBytes
 from model import Llama, ModelConfig
 from parallel import ParallelConfig
 
@@ -195,6 +197,35 @@ def test_parameter_names_do_not_depend_on_checkpointing_or_compile(ranks):
 
 def parameter_names(config: ParallelConfig) -> list[str]:
     return [name for name, _ in build(config)[0].named_parameters()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory of the loss
+
+
+def loss_peaks(tp: int) -> list[int]:
+    """The most bytes of a small model's step at 8k tokens x 128k words, on tensors without memory: whole, in chunks."""
+    config, peaks = ParallelConfig(tp=tp), []
+    mesh = parallel.build_mesh(config, torch.device("cpu"))
+    shape = {"vocab_size": FULL[1], "num_hidden_layers": 1, "max_position_embeddings": FULL[0]}
+    for way in WAYS.values():
+        with torch.device("meta"):
+            model = Llama(ModelConfig(**MODEL | shape))
+        parallel.parallelize(model, mesh, config)
+        model.loss.forward = way
+        with FakeTensorMode(allow_non_fake_inputs=True), PeakBytes() as counted, parallel.loss_context(mesh):
+            model.to_empty(device="cpu")
+            rows = torch.zeros(1, FULL[0], dtype=torch.int64)
+            model(rows, rows).backward()
+        peaks.append(counted.peak)
+    return peaks
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_loss_takes_at_most_a_quarter_of_the_memory_of_whole_logits(ranks, tp):
+    for whole, chunks in ranks(tp, loss_peaks, tp):
+        assert whole > 3 * FULL[0] * FULL[1] * 4 / tp, "logits, their logarithms and gradients, in float32"
+        assert chunks < whole / 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
