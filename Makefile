@@ -7,7 +7,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; print(1 << (torch.cuda.device_c
 # torchrun would set this too, with a warning; train.py gives each process its share of the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint
+.PHONY: train test kill-test lint
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
@@ -15,6 +15,10 @@ train: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests
+
+# SIGKILL, a hundred times: an hour on two cores.
+kill-test: .venv/dev
+	$(BIN)/python -m pytest -s tests/test_kill.py --kills=100
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -17,6 +17,10 @@ import torch.multiprocessing as mp
 MOST_RANKS = 4
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=8, help="how often test_kill.py kills a run (default: 8)")
+
+
 def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
     torch.set_num_threads(1)
