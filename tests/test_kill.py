@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_train import Lab, facts, kill, without_bars
+from test_train import Lab, children, facts, kill, without_bars
 
 import checkpoint
 
@@ -129,13 +129,6 @@ def step_of(line: bytes) -> float:
 # Killing
 
 
-def ranks_of(torchrun: subprocess.Popen) -> list[int]:
-    """Process ids, found once they have been started."""
-    listing = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True).stdout
-    pairs = (map(int, line.split()) for line in listing.splitlines())
-    return sorted(pid for parent, pid in pairs if parent == torchrun.pid)
-
-
 def wait_for(
     moment: str, run_dir: Path, process: subprocess.Popen, start_seconds: float, chance: random.Random
 ) -> list[int]:
@@ -143,13 +136,13 @@ def wait_for(
     begin, lines_before, step_before = time.monotonic(), lines(run_dir), newest_step(run_dir)
     if moment == "start-up":
         time.sleep(chance.uniform(0, start_seconds))
-        return ranks_of(process)
+        return children(process.pid)
     training, saving, pruning = chance.randint(1, 7), chance.randint(1, 2), chance.randint(1, 2)
     delay = chance.uniform(0, {"training": 0.1, "saving": 0.02, "pruning": 0.002}[moment])
     ranks, saves, stale = [], set(), {*steps_of(run_dir, ".tmp-step_")}  # the start removes what the last kill left
     while process.poll() is None:
         if not ranks and time.monotonic() - begin > start_seconds / 2:  # looked up early: it takes its time
-            ranks = ranks_of(process)
+            ranks = children(process.pid)
         newest, unfinished = newest_step(run_dir), {*steps_of(run_dir, ".tmp-step_")}
         stale &= unfinished
         saves |= {step for step in unfinished - stale if step > newest}
@@ -162,7 +155,7 @@ def wait_for(
             time.sleep(delay)
             break
         time.sleep(0.001)
-    return ranks or ranks_of(process)
+    return ranks or children(process.pid)
 
 
 def strike(process: subprocess.Popen, ranks: list[int], victim: str, chance: random.Random) -> str:

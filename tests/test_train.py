@@ -27,6 +27,7 @@ from configs import Config, OptimConfig, TrainConfig
 from model import Llama, ModelConfig
 
 ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "train.py"
 STEPS = 20
 STEPS_PER_EPOCH = 4  # so checkpoint 6 and 18 lie inside an epoch, and 12 at its end
 TIMES = {"step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "data_seconds"}
@@ -77,12 +78,17 @@ class Lab:
             "HF_DATASETS_CACHE": str(folder / "hf/d"),
         }
         self.environment = inherited | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.environment["OMP_WAIT_POLICY"] = "PASSIVE"  # several threads that spin make a busy machine crawl
 
-    def start(self, *arguments: object, ranks: int = 1) -> subprocess.Popen:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    def start(
+        self, *arguments: object, ranks: int = 1, before: tuple = (), torchrun: tuple = (), script: tuple = (TRAIN,)
+    ) -> subprocess.Popen:
+        """`before` the interpreter: nohup; options of torchrun; instead of train.py another script."""
+        if ranks > 1:
+            torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun)
         first = [] if str(arguments[0]).endswith(".toml") else [self.config, f"--data.dataset={self.documents}"]
         return subprocess.Popen(
-            [sys.executable, *torchrun, ROOT / "train.py", *map(str, [*first, *arguments])],
+            [*before, sys.executable, *torchrun, *script, *map(str, [*first, *arguments])],
             cwd=self.cwd,
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -133,6 +139,13 @@ def kill(process: subprocess.Popen) -> tuple[str, str]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return process.communicate()
+
+
+def children(parent: int) -> list[int]:
+    """Process ids in the order in which they were started: those of torchrun are its ranks."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = (map(int, line.split()) for line in listing.splitlines())
+    return sorted(pid for pid, ppid in pairs if ppid == parent)
 
 
 @pytest.fixture(scope="module")
