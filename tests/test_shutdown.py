@@ -360,9 +360,9 @@ def test_a_single_process_that_was_stopped_ends_with_the_metrics_of_an_uninterru
 
 def test_a_slow_first_step_a_slow_save_and_a_slow_last_evaluation_are_no_hangs(lab):
     """Each takes longer than the time-out and 5 seconds more; the evaluation gives a sign of life with each batch."""
-    story = Story(lab, "slow", ranks=2, tp=1, steps=3)
+    story = Story(lab, "slow", ranks=2, tp=1, steps=4)
     naps = "nap11@forward=1:1,nap11@save=1:1,nap4@evaluation=1:1,nap4@evaluation=2:1,nap4@evaluation=3:1"
     ended = story.job(sabotage=naps, arguments=("--parallel.timeout_seconds=5",))
-    assert ended.status == 0 and ended.state["status"] == "complete at step 3", ended.errors
+    assert ended.status == 0 and ended.state["status"] == "complete at step 4", ended.errors
     training, evaluation = split(read_metrics(story.run_dir))
     assert training[0]["step_seconds"] > 11 and len(evaluation) == 1
