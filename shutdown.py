@@ -43,11 +43,11 @@ class Shutdown:
         self.requested = True
         self.interrupted |= number == signal.SIGINT
 
-    def agreed(self, problems: Sequence[Exception] = ()) -> bool:
+    def agreed(self, problems: Sequence[Exception] = (), watch: bool = True) -> bool:
         """Whether any rank was asked to stop; a problem on any rank ends all of them with its message. Collective.
 
-        It is also the sign of life. The first call ends the long time-outs of the set-up; from then on a rank that does
-        not come back here in time is ended, showing where it hangs.
+        It is also the sign of life. The first call with `watch` ends the long time-outs of the set-up; from then on a
+        rank that does not come back here in time is ended, showing where it hangs.
         """
         orphaned = self.torchrun is not None and os.getppid() != self.torchrun
         vote = torch.tensor(FAIL if problems else STOP if self.requested or orphaned else GO_ON)
@@ -56,10 +56,11 @@ class Shutdown:
             with parallel.errors_stop_all_ranks():
                 if problems:
                     raise problems[0]
-        if not self.watching:  # all ranks have come here, so none is still busy with its set-up
+        if watch and not self.watching:  # all ranks have come here, so none is still busy with its set-up
             parallel.set_timeout(self.mesh, self.timeout_seconds)
-            self.watching = True
-        faulthandler.dump_traceback_later(self.timeout_seconds + DUMP_AFTER_SECONDS, exit=True)
+        self.watching |= watch
+        if self.watching:
+            faulthandler.dump_traceback_later(self.timeout_seconds + DUMP_AFTER_SECONDS, exit=True)
         return bool(vote == STOP)
 
     def unwatch(self) -> None:

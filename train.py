@@ -292,7 +292,7 @@ def train(config: Config, device: torch.device) -> None:
     def validate(step: int) -> bool:
         """False when it was abandoned: all ranks were asked to stop."""
         with meter.paused():
-            abandon = lambda: step < train.steps and shutdown.agreed()  # noqa: E731
+            abandon = lambda: shutdown.agreed(watch=step >= first_step) and step < train.steps  # noqa: E731
             result = evaluate(model, mesh, config, corpus.validation, device, abandon)
         if result is not None:
             monitor.log({"step": step, **result})
