@@ -194,13 +194,8 @@ class LossOfChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            hidden_grad.mul_(grad),
-            weight_grad.mul_(grad),
-            None,
-            None,
-            None,
-        )  # in place: a second backward is refused
+        # in place, which saves copies, and has autograd refuse a second backward
+        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None, None
 
 
 class SummedLoss(nn.Module):
