@@ -17,7 +17,9 @@ import configs
 import data
 import model as model_module
 import parallel
+import train
 from benchmarks.loss_memory import FULL, WAYS, PeakBytes
+from configs import OptimConfig
 from model import Llama, ModelConfig
 from parallel import ParallelConfig
 
@@ -150,6 +152,40 @@ def test_initial_weights_are_the_same_on_every_mesh(ranks, world, config):
     for whole in ranks(world, full_parameters, config, changes):
         for name, parameter in alone.named_parameters():
             assert torch.equal(whole[name], parameter), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def bytes_of_a_step(config: ParallelConfig) -> list[int]:
+    """Of this rank's parameters, gradients and optimizer state, after a step."""
+    model, mesh = build(config)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with parallel.loss_context(mesh):
+        model(tokens, tokens).backward()
+    optimizer = train.make_optimizer(model, OptimConfig())
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held = (model.parameters(), (parameter.grad for parameter in model.parameters()), states)
+    return [sum(parallel.to_local(tensor).nbytes for tensor in tensors) for tensors in held]
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp_shard", "dp_replicate"), [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (1, 2, 2)]
+)
+def test_memory_falls_as_one_over_tp_times_dp_shard(ranks, tp, dp_shard, dp_replicate):
+    """To the byte: float32, two moments, norms whole on every tp rank, a step count of 4 bytes for each parameter.
+
+    And to 2 % of everything / (tp * dp_shard), which norms and step counts are small enough for.
+    """
+    with torch.device("meta"):
+        parameters = list(Llama(ModelConfig(**MODEL)).parameters())
+    held = sum(4 * p.numel() // (dp_shard * (tp if p.ndim > 1 else 1)) for p in parameters)
+    share = sum(4 * p.numel() for p in parameters) / (tp * dp_shard)
+    for found in ranks(tp * dp_shard * dp_replicate, bytes_of_a_step, ParallelConfig(tp=tp, dp_replicate=dp_replicate)):
+        assert found == [held, held, 2 * held + 4 * len(parameters)]
+        assert found == pytest.approx([share, share, 2 * share], rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
