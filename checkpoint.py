@@ -161,12 +161,14 @@ def lock(run_dir: Path) -> IO:
     return file
 
 
-def prepare_run(run_dir: Path, config_toml: str, tokenizer: str, first_step: int, damaged: list[Path]) -> None:
-    """Rank 0: drop unfinished saves and metrics of steps that will be done again, put damaged checkpoints aside.
+def prepare_run(
+    run_dir: Path, config_toml: str, tokenizer: str, first_step: int, damaged: list[Path], unevaluated: bool = False
+) -> None:
+    """Rank 0: drop unfinished saves and metrics of what will be done again, put damaged checkpoints aside.
 
     Raises ValueError, before it changes anything, if metrics.jsonl is damaged elsewhere than in its last line.
     """
-    metrics = kept_metrics(run_dir / "metrics.jsonl", first_step)
+    metrics = kept_metrics(run_dir / "metrics.jsonl", first_step, unevaluated)
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     for unfinished in (run_dir / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(unfinished)
@@ -178,16 +180,21 @@ def prepare_run(run_dir: Path, config_toml: str, tokenizer: str, first_step: int
         write_atomically(run_dir / "metrics.jsonl", metrics)
 
 
-def kept_metrics(path: Path, first_step: int) -> str | None:
-    """The whole lines of steps before first_step; None when that is all there is."""
+def kept_metrics(path: Path, first_step: int, unevaluated: bool = False) -> str | None:
+    """The whole lines of steps before first_step; None when that is all there is.
+
+    `unevaluated`: without the evaluation of the last of them, which may have been made up for before.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):  # else it is the torn last one
             try:
-                kept += [line] if json.loads(line)["step"] < first_step else []
+                record = json.loads(line)
+                again = record["step"] >= first_step - ("val_loss" in record and unevaluated)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}, is damaged: remove that line") from error
+            kept += [] if again else [line]
     return b"".join(kept).decode() if kept != lines else None
 
 

@@ -239,7 +239,9 @@ def train(config: Config, device: torch.device) -> None:
             lock = checkpoint.lock(run_dir)
             if checkpoint.find_resume(run_dir, config.checkpoint.resume) != candidates:
                 raise ValueError(f"run.dir={run_dir} was still being written by another job: start again")
-            checkpoint.prepare_run(run_dir, configs.to_toml(config), tokenizer_json, first_step, damaged)
+            checkpoint.prepare_run(
+                run_dir, configs.to_toml(config), tokenizer_json, first_step, damaged, state.get("unevaluated", False)
+            )
     with parallel.errors_stop_all_ranks():  # each rank writes its own slices of a checkpoint into it
         if not (run_dir / "checkpoints").is_dir():
             raise ValueError(f"run.dir={run_dir} is not the same directory on all nodes: use a shared file system")
@@ -298,10 +300,11 @@ def train(config: Config, device: torch.device) -> None:
             monitor.log({"step": step, **result})
         return result is not None
 
+    step, stopping = first_step - 1, False
     if state.get("unevaluated"):  # the run was stopped before it came to that
-        validate(first_step - 1)
+        stopping = not validate(step)
 
-    for step in range(first_step, train.steps + 1):
+    for step in range(first_step, train.steps + 1) if not stopping else ():
         loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
         for _ in range(micro_steps):
             with meter.loading():
@@ -362,7 +365,7 @@ def train(config: Config, device: torch.device) -> None:
     monitor.close()
     if lock is not None:
         lock.close()
-    newest = run_dir / "checkpoints" / f"step_{step:08d}"
+    newest = run_dir / "checkpoints" / f"step_{step:08d}" if step >= first_step else resume_from
     if stopping:
         say(f"the same command goes on from {newest}")
         say(f"stopped at step {step}")

@@ -135,7 +135,9 @@ def wait_for(
     """Return at the moment, with the ranks' process ids if there are any yet."""
     begin, lines_before, step_before = time.monotonic(), lines(run_dir), newest_step(run_dir)
     if moment == "start-up":
-        time.sleep(chance.uniform(0, start_seconds))
+        end = begin + chance.uniform(0, start_seconds)
+        while time.monotonic() < end and newest_step(run_dir) == step_before:  # it may start faster than the reference
+            time.sleep(0.01)
         return children(process.pid)
     training, saving, pruning = chance.randint(1, 7), chance.randint(1, 2), chance.randint(1, 2)
     delay = chance.uniform(0, {"training": 0.1, "saving": 0.02, "pruning": 0.002}[moment])

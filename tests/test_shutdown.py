@@ -211,7 +211,7 @@ def test_four_ranks_that_were_stopped_three_times_end_with_the_metrics_of_an_uni
 # Two ranks: signals to torchrun itself, then everything that can happen to a rank
 
 TORCHRUN = {signal.SIGTERM: 1, signal.SIGINT: 1, signal.SIGUSR1: -signal.SIGUSR1, signal.SIGKILL: -signal.SIGKILL}
-WORKER, ASYNCHRONOUS = "--data.num_workers=1", "--checkpoint.async_save=true"
+WORKER, ASYNCHRONOUS, TIMEOUT = "--data.num_workers=1", "--checkpoint.async_save=true", "--parallel.timeout_seconds=5"
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def two(lab) -> dict[str, Ended]:
     jobs["raise"] = story.job(
         sabotage="raise@forward=3:1"
     )  # has made up for the evaluation: the next job does it again
-    jobs["hang"] = story.job(sabotage="hang@forward=5:1", arguments=("--parallel.timeout_seconds=5",))
+    jobs["hang"] = story.job(sabotage="hang@forward=5:1", arguments=(TIMEOUT,))
     jobs["kill"] = story.job(resumed, after_steps(3), send(signal.SIGKILL, 0))
     twice = [both, send(signal.SIGINT), appear("signalled-0", "signalled-1"), send(signal.SIGINT)]
     jobs["twice"] = story.job(*twice, sabotage="wait@forward=5")
@@ -265,6 +265,7 @@ def test_a_signal_while_an_evaluation_is_made_up_for_loses_nothing(two):
 def test_an_error_on_one_rank_ends_the_job_and_torchrun_names_the_rank_and_shows_its_traceback(two):
     ended = two["raise"]
     assert ended.status == 1
+    assert ended.last_step == before(two, "raise").state["step"] + 1, "after a first step that was slow, but no hang"
     report = ended.errors[ended.errors.index("Root Cause") :]
     assert re.search(r"rank +: 1 \(local_rank: 1\)", report)
     assert 'train.py", line' in report and "RuntimeError: sabotage on rank 1" in report
@@ -362,7 +363,7 @@ def test_a_slow_first_step_a_slow_save_and_a_slow_last_evaluation_are_no_hangs(l
     """Each takes longer than the time-out and 5 seconds more; the evaluation gives a sign of life with each batch."""
     story = Story(lab, "slow", ranks=2, tp=1, steps=4)
     naps = "nap11@forward=1:1,nap11@save=1:1,nap4@evaluation=1:1,nap4@evaluation=2:1,nap4@evaluation=3:1"
-    ended = story.job(sabotage=naps, arguments=("--parallel.timeout_seconds=5",))
+    ended = story.job(sabotage=naps, arguments=(TIMEOUT,))
     assert ended.status == 0 and ended.state["status"] == "complete at step 4", ended.errors
     training, evaluation = split(read_metrics(story.run_dir))
     assert training[0]["step_seconds"] > 11 and len(evaluation) == 1
