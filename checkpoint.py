@@ -302,7 +302,7 @@ class Saver:
         unfinished = folder / f".tmp-{name}"
         try:
             self.together(lambda rank: unfinished.mkdir() if rank == 0 else None)  # dcp would make a vanished run anew
-            dcp.save(tensors, checkpoint_id=unfinished, process_group=self.group)
+            dcp.save(tensors, storage_writer=Writer(unfinished), process_group=self.group)
             files = self.together(lambda rank: {file.name: checksum(file) for file in written_by(rank, unfinished)})
             state["files"] = {name: entry for entries in files for name, entry in entries.items()}
             self.together(lambda rank: self.complete(unfinished, folder / name, state) if rank == 0 else None)
@@ -345,7 +345,7 @@ def written_by(rank: int, path: Path) -> list[Path]:
 
 
 def cause(error: BaseException) -> str:
-    """Why a save failed. On some ranks a full disk shows up as an error of the writer: the system's own goes first."""
+    """Why a save failed: what the system said on one of the ranks, if it did."""
     failures = [failure for failure, _ in getattr(error, "failures", {}).values()] or [error]
     return str(min(failures, key=lambda failure: not isinstance(failure, OSError)))
 
@@ -353,6 +353,16 @@ def cause(error: BaseException) -> str:
 def moments(optimizer_state: dict[str, Any]) -> dict[str, Any]:
     """Of a flat optimizer state dict, what is saved: hyperparameters are the configuration's."""
     return {name: value for name, value in optimizer_state.items() if name.startswith("state.")}
+
+
+class Writer(dcp.FileSystemWriter):
+    """Raises the system's own error, which torch's zip writer hides behind one about positions in its file."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class Reader(dcp.FileSystemReader):

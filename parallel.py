@@ -160,9 +160,17 @@ def init_distributed() -> torch.device:
     else:  # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_world_size()))
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=SETUP_TIMEOUT, device_id=device if on_gpu else None, **alone)
+    store, rank, size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
+        # torchrun --max-restarts keeps its store, and in it the addresses of ranks that are gone (pytorch#135712). Only
+        # on a single node do all ranks know the same number of restarts.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if size == local_world_size() else "any"
+        store = dist.PrefixStore(f"restart_{restarts}", store)
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=SETUP_TIMEOUT, device_id=device_id
+    )
     return device
 
 

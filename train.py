@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def prepare_data(config: Config, run_dir: Path) -> tuple[str, data.Corpus]:
         if rank == 0:
             recorded = run_dir / "tokenizer.json"  # trained before for this very run
             reuse = config.data.tokenizer == "train" and recorded.exists()
-            tokenizer_json = recorded.read_text() if reuse else data.load_tokenizer(config.data).to_str()
+            source = replace(config.data, tokenizer=str(recorded)) if reuse else config.data
+            tokenizer_json = data.load_tokenizer(source).to_str()
     tokenizer_json = parallel.from_rank_0(tokenizer_json)
     tokenizer = Tokenizer.from_str(tokenizer_json)
     with parallel.errors_stop_all_ranks():
@@ -175,7 +177,7 @@ class SkippedSteps:
     """Which steps the optimizer has skipped because their loss or gradient was not finite."""
 
     def __init__(self):
-        self.unread, self.in_a_row = [], 0
+        self.unread, self.in_a_row, self.most_in_a_row = [], 0, 0
 
     def record(self, step: int, rows: Tensor, flag: Tensor) -> None:
         """The flag stays on the device."""
@@ -186,6 +188,7 @@ class SkippedSteps:
         skipped = []
         for step, rows, flag in self.unread:
             self.in_a_row = self.in_a_row + 1 if flag else 0
+            self.most_in_a_row = max(self.most_in_a_row, self.in_a_row)
             skipped += [(step, rows)] if flag else []
         self.unread.clear()
         return skipped
@@ -239,8 +242,9 @@ def train(config: Config, device: torch.device) -> None:
             lock = checkpoint.lock(run_dir)
             if checkpoint.find_resume(run_dir, config.checkpoint.resume) != candidates:
                 raise ValueError(f"run.dir={run_dir} was still being written by another job: start again")
+            own = [path for path in damaged if run_dir in path.parents]  # nothing is done to what we branch off
             checkpoint.prepare_run(
-                run_dir, configs.to_toml(config), tokenizer_json, first_step, damaged, state.get("unevaluated", False)
+                run_dir, configs.to_toml(config), tokenizer_json, first_step, own, state.get("unevaluated", False)
             )
     with parallel.errors_stop_all_ranks():  # each rank writes its own slices of a checkpoint into it
         if not (run_dir / "checkpoints").is_dir():
@@ -283,11 +287,11 @@ def train(config: Config, device: torch.device) -> None:
     def report_skipped() -> None:
         for step, rows in skipped.read():
             monitor.log({"step": step, "skipped_rows": corpus.train.names(rows)})
-        if skipped.in_a_row > train.max_skipped_steps:
+        if skipped.most_in_a_row > train.max_skipped_steps:
             with parallel.errors_stop_all_ranks():
                 saver.wait()
                 raise ValueError(
-                    f"{skipped.in_a_row} steps in a row had no finite loss or gradient, more than "
+                    f"{skipped.most_in_a_row} steps in a row had no finite loss or gradient, more than "
                     f"train.max_skipped_steps={train.max_skipped_steps}: lower optim.lr or look at the rows named above"
                 )
 
@@ -339,6 +343,8 @@ def train(config: Config, device: torch.device) -> None:
             mean_loss, norm, total = torch.stack((loss / tokens, grad_norm, tokens_seen)).tolist()
             speed = meter.line(step, int(total))
             monitor.log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
+        if saver.failed():  # in the background: the next save would tell, but that may be hours away
+            monitor.problems.append(saver.pending.exception())
         stopping = shutdown.agreed(monitor.problems) and step < train.steps
         unevaluated = False
         if corpus.validation and due(step, train.eval_every, train.steps):

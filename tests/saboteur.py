@@ -5,6 +5,7 @@ WHAT                                               WHERE: the NUMBERth call in t
   hang     in C: no Python code runs any more,       evaluation   of the model, in an evaluation after a step
            signal handlers included                  catch-up     of the model, in one before the first step
   nap4     sleep 4 seconds                           save         of what writes a checkpoint
+                                                     set-up       of the process group
   wait     touch `waiting-<rank>` in the working     step         NUMBER is the step, just before the weights change
            directory until there is a file `go`
 
@@ -27,6 +28,7 @@ import torch
 
 import checkpoint
 import model
+import parallel
 import shutdown
 import train
 
@@ -76,6 +78,7 @@ def main() -> None:
             faults[where] = what
     sabotage(model.Llama, "forward", kind_of_forward, faults)
     sabotage(checkpoint.Saver, "write", lambda *_: "save", faults)
+    sabotage(parallel, "init_distributed", lambda: "set-up", faults)
     sabotage(train, "learning_rate", lambda step, *_: f"step={step}", faults)
     handle = shutdown.Shutdown.on_signal
 

@@ -78,8 +78,9 @@ class Story:
             for act in acts:
                 act(self, process)
             output, errors = process.communicate(timeout=200)
-        except (subprocess.TimeoutExpired, TooLate) as error:
-            pytest.fail("\n".join([f"{error}, job {len(self.jobs)} of {self.name}:", *kill(process)]))
+        except (subprocess.TimeoutExpired, TooLate) as error:  # tell the test of this job, and go on
+            output, errors = kill(process)
+            errors += f"\n{error}"
         newest = checkpoint.complete_checkpoints(self.run_dir)
         ended = Ended(
             status=process.returncode,
@@ -232,7 +233,8 @@ def two(lab) -> dict[str, Ended]:
     jobs["kill"] = story.job(resumed, after_steps(3), send(signal.SIGKILL, 0))
     twice = [both, send(signal.SIGINT), appear("signalled-0", "signalled-1"), send(signal.SIGINT)]
     jobs["twice"] = story.job(*twice, sabotage="wait@forward=5")
-    jobs["restart"] = story.job(resumed, after_steps(7), send(signal.SIGKILL, 1), torchrun=("--max-restarts=2",))
+    restart = [resumed, after_steps(7), send(signal.SIGKILL, 1)]
+    jobs["restart"] = story.job(*restart, sabotage="nap6@set-up=1:0", torchrun=("--max-restarts=1",))
     return jobs
 
 
@@ -298,6 +300,7 @@ def test_a_second_sigint_to_torchrun_ends_all_ranks_at_once(two):
 def test_with_max_restarts_a_killed_worker_costs_a_restart_that_needs_no_help(two):
     ended = two["restart"]
     assert ended.status == 0 and ended.state["status"] == f"complete at step {two['story'].steps}"
+    # rank 0 is the later one: rank 1 must not take the address of the rank 0 that is gone for the new one's
     first, second = re.findall(r"resumed from \S+/step_(\d+)", ended.output)
     assert int(first) == before(two, "restart").state["step"] < int(second)
 

@@ -1,27 +1,36 @@
 """The command line from end to end: laws 1, 2, 6 and 7 as a user meets them, each command in processes of its own."""
 
 import contextlib
+import faulthandler
+import io
 import json
 import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import harm
 import pytest
 import torch
+import torch.distributed as dist
+from laws import digest
 
+import checkpoint
 import configs
+import parallel
 import train
 from configs import Config, OptimConfig, TrainConfig
 from model import Llama, ModelConfig
@@ -63,6 +72,7 @@ class Lab:
     def __init__(self, folder: Path):
         self.folder, self.cwd, self.documents = folder, folder / "cwd", folder / "documents.jsonl"
         self.cwd.mkdir()
+        (folder / "tmp").mkdir()
         words, generator = ["def", "return", "x", "(y)", "naïve", "日本", "🙂", "+"], random.Random(0)
         lengths = [0, 1, 2, 4, 7, 9, 12, 30, 150, 0, 3, 5, 11, 60, 200, 90, 1, 20, 8, 120]
         texts = [" ".join(generator.choices(words, k=length)) for length in lengths]
@@ -74,6 +84,7 @@ class Lab:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "HF_"))}
         caches = {
             "HOME": str(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
             "HF_HOME": str(folder / "hf"),
             "HF_DATASETS_CACHE": str(folder / "hf/d"),
         }
@@ -81,7 +92,13 @@ class Lab:
         self.environment["OMP_WAIT_POLICY"] = "PASSIVE"  # several threads that spin make a busy machine crawl
 
     def start(
-        self, *arguments: object, ranks: int = 1, before: tuple = (), torchrun: tuple = (), script: tuple = (TRAIN,)
+        self,
+        *arguments: object,
+        ranks: int = 1,
+        before: tuple = (),
+        torchrun: tuple = (),
+        script: tuple = (TRAIN,),
+        environment: dict[str, str] | None = None,
     ) -> subprocess.Popen:
         """`before` the interpreter: nohup; options of torchrun; instead of train.py another script."""
         if ranks > 1:
@@ -90,23 +107,30 @@ class Lab:
         return subprocess.Popen(
             [*before, sys.executable, *torchrun, *script, *map(str, [*first, *arguments])],
             cwd=self.cwd,
-            env=self.environment,
+            env=self.environment | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess:
-        process = self.start(*arguments, ranks=ranks)
+    def run(
+        self,
+        *arguments: object,
+        ranks: int = 1,
+        environment: dict[str, str] | None = None,
+        meanwhile: Callable[[subprocess.Popen], object] = lambda process: None,
+    ) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, ranks=ranks, environment=environment)
+        meanwhile(process)
         try:
             output, errors = process.communicate(timeout=400)
         except subprocess.TimeoutExpired:
             pytest.fail("\n".join(["it hangs:", *kill(process)]))
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def run_to_end(self, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess:
-        result = self.run(*arguments, ranks=ranks)
+    def run_to_end(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess:
+        result = self.run(*arguments, **options)
         assert result.returncode == 0, result.stderr
         return result
 
@@ -159,7 +183,9 @@ def without_bars(text: str) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Strict JSON, which has no NaN."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines]
 
 
 def facts(run_dir: Path) -> list[dict[str, Any]]:
@@ -185,6 +211,101 @@ def assert_close(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -
     assert [line.keys() for line in lines] == [line.keys() for line in reference]
     for line, expected in zip(lines, reference, strict=True):
         assert line == pytest.approx(expected, rel=1e-5), f"step {expected['step']}"
+
+
+class Stopped(Exception):
+    """Instead of the end of a process that other tests still need."""
+
+
+def train_here(
+    arguments: list[str],
+    cache: str,
+    broken: dict[int, tuple[str, Sequence[int]]] = {},  # noqa: B006
+    frozen: Sequence[int] = (),
+    meanwhile: dict[int, Callable[[Path], object]] = {},  # noqa: B006
+    access: Callable[..., bool] = os.access,
+) -> dict[str, Any]:
+    """The training loop on this rank, in the process group that is already there.
+
+    `broken`: steps whose loss or gradient is not finite, how, and on which dp ranks. `frozen`: steps in which the
+    optimizer does nothing. `meanwhile`: what happens after a step on this rank. `access`: instead of os.access. Returns
+    the message that ended it, what was printed, and digests of weights and moments before and after each step.
+    """
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    config, printed, message, states = configs.load(arguments), io.StringIO(), None, []
+    forward, make_optimizer = Llama.forward, train.make_optimizer
+
+    def broken_forward(model: Llama, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss = forward(model, input_ids, targets)
+        how, where = broken.get(len(states) + 1, ("", ()))
+        if torch.is_grad_enabled() and dist.get_rank() // config.parallel.tp in where:
+            if how == "gradient":
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            else:
+                loss = loss * float(how)
+        return loss
+
+    def make_watched_optimizer(model: Llama, optim: OptimConfig) -> torch.optim.AdamW:
+        optimizer = make_optimizer(model, optim)
+        step = optimizer.step
+
+        def state() -> dict[str, str]:
+            tensors = dict(model.named_parameters())
+            for name, parameter in model.named_parameters():
+                moments = optimizer.state.get(parameter, {})
+                tensors |= {f"{name}/{key}": value for key, value in moments.items()}
+            return {name: digest(parallel.to_local(tensor)) for name, tensor in tensors.items()}
+
+        def watched_step(**options: Any) -> None:
+            if options:  # torch's, to make the moments that it is about to load
+                return step(**options)
+            before, number = state(), len(states) + 1
+            if number not in frozen:
+                step()
+            states.append((before, state()))
+            meanwhile.get(number, lambda run_dir: None)(Path(config.run.dir))
+            return None
+
+        optimizer.step = watched_step
+        return optimizer
+
+    def stop(message: str) -> None:
+        raise Stopped(message)
+
+    screen = io.StringIO()  # no file: what `meanwhile` does to disks is not to break the progress bar
+    screen.fileno = lambda: sys.__stderr__.fileno()  # faulthandler asks for it
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        mock.patch.object(Llama, "forward", broken_forward),
+        mock.patch.object(train, "make_optimizer", make_watched_optimizer),
+        mock.patch.object(parallel, "stop_all_ranks", stop),
+        mock.patch.object(os, "access", access),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(screen),
+    ):
+        try:
+            train.train(config, torch.device("cpu"))
+        except Stopped as stopped:
+            message = str(stopped)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    return {"message": message, "printed": printed.getvalue(), "states": states}
+
+
+@pytest.fixture(scope="module")
+def train_on(lab, ranks) -> Callable[..., list[dict[str, Any]]]:
+    """`train_on(4, run_dir, [arguments], ...)`: `train_here` on four ranks, a 2 x 2 mesh; on two it is tp2."""
+
+    def run(world: int, run_dir: Path, arguments: Sequence[str] = (), **options: Any) -> list[dict[str, Any]]:
+        mesh = f"--parallel.tp={1 if world == 1 else 2}"
+        command = [str(lab.config), f"--data.dataset={lab.documents}", f"--run.dir={run_dir}", mesh, *arguments]
+        return ranks(world, partial(train_here, **options), command, str(lab.folder / "hf/d"))
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +524,332 @@ def test_a_branch_that_would_do_damage_or_is_of_another_run_is_refused(lab, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Damaged
+
+
+def copy_of_reference(lab: Lab, name: str, ranks: int = 1) -> Path:
+    """A complete run with checkpoints 18 and 20, to do harm to."""
+    return Path(shutil.copytree(lab.reference(ranks)[0], lab.folder / name))
+
+
+def names_of_checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "file", "change"),
+    [(1, "__0_0.distcp", harm.flip), (1, "state.json", harm.halve), (4, "__3_0.distcp", Path.unlink)],
+    ids=["a bit flipped, one rank", "state.json cut off, one rank", "a shard lost, four ranks"],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_put_aside_and_does_not_change_the_result(lab, ranks, file, change):
+    run_dir = copy_of_reference(lab, f"damaged_{ranks}_{file}", ranks)
+    damaged, intact = (run_dir / f"checkpoints/step_{step:08d}" for step in (20, 18))
+    change(damaged / file)
+    result = lab.run_to_end(f"--run.dir={run_dir}", f"--parallel.tp={1 if ranks == 1 else 2}", ranks=ranks)
+    assert result.stdout.count("WARNING: ") == 1
+    assert re.search(rf"WARNING: a damaged checkpoint, trying the one before.*\n +{damaged}/{file} ", result.stdout)
+    assert f"resumed from {intact}\n" in result.stdout and without_bars(result.stderr) == ""
+    assert facts(run_dir) == facts(lab.reference(ranks)[0])
+    aside, *complete = names_of_checkpoints(run_dir)
+    assert aside.startswith("damaged-step_00000020-") and complete == ["step_00000018", "step_00000020"]
+
+
+def test_without_an_intact_checkpoint_a_run_stops_and_changes_nothing(lab):
+    run_dir = copy_of_reference(lab, "all_damaged")
+    harm.halve(run_dir / "checkpoints/step_00000020/state.json")
+    harm.flip(run_dir / "checkpoints/step_00000018/.metadata")
+    before = snapshot(run_dir)
+    result = lab.run(f"--run.dir={run_dir}", "--train.steps=22")
+    assert result.returncode == 2
+    message = without_bars(result.stderr)
+    assert re.fullmatch(r"error: no checkpoint is intact, .*step_00000018 was the last: .*another --run.dir", message)
+    assert result.stdout.count("WARNING: ") == 2
+    assert snapshot(run_dir) == before
+
+
+def test_a_branch_off_a_run_whose_newest_checkpoint_is_damaged_leaves_that_run_alone(lab, train_on):
+    original, run_dir = copy_of_reference(lab, "damaged_original"), lab.folder / "branch_of_damaged"
+    harm.flip(original / "checkpoints/step_00000020/__0_0.distcp")
+    before = snapshot(original)
+    (result,) = train_on(1, run_dir, [f"--checkpoint.resume={original}"])
+    assert result["message"] is None
+    assert f"resumed from {original}/checkpoints/step_00000018\n" in result["printed"]
+    assert snapshot(original) == before
+    assert names_of_checkpoints(run_dir) == ["step_00000020"]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("config.toml", "[model]", "model]"),
+        ("metrics.jsonl", '{"step": 7, "loss": ', '{"step": 7, "loss" '),
+        ("tokenizer.json", '"model"', '"mod'),
+    ],
+)
+def test_another_damaged_file_of_the_run_directory_gets_one_message_and_nothing_is_changed(
+    lab, train_on, name, old, new
+):
+    run_dir = copy_of_reference(lab, f"damaged_{name}")
+    path = run_dir / name
+    path.write_text(path.read_text().replace(old, new, 1))
+    before = snapshot(run_dir)
+    messages = {result["message"] for result in train_on(4, run_dir, ["--train.steps=22"])}
+    (message,) = messages
+    assert str(path) in message
+    assert "remove" in message or name == "tokenizer.json"
+    assert snapshot(run_dir) == before
+
+
+@pytest.mark.parametrize("how", ["resume", "branch"])
+@pytest.mark.parametrize("plant", [harm.plant_bomb, harm.plant_bytes], ids=["a call", "bytes for a tensor"])
+def test_a_bomb_in_a_checkpoint_does_not_go_off_in_a_run_that_resumes_or_branches_off(lab, train_on, plant, how):
+    original = copy_of_reference(lab, f"bomb_{plant.__name__}_{how}")
+    run_dir, marker = lab.folder / f"target_of_{original.name}", lab.folder / f"marker_of_{original.name}"
+    for step in (18, 20):
+        plant(original / f"checkpoints/step_{step:08d}", marker)
+    before = snapshot(original)
+    if how == "resume":
+        (result,) = train_on(1, original, ["--train.steps=22"])
+    else:
+        (result,) = train_on(1, run_dir, ["--train.steps=22", f"--checkpoint.resume={original}"])
+    assert result["message"].startswith("no checkpoint is intact")
+    assert result["printed"].count(".metadata is refused: it names ") == 2
+    assert snapshot(original) == before
+    assert not marker.exists() and not run_dir.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Full, vanished and read-only disks
+
+
+@pytest.mark.parametrize("async_save", ["false", "true"], ids=["sync", "async"])
+def test_a_disk_that_fills_up_during_a_save_costs_nothing_once_there_is_room_again(lab, async_save):
+    """As killed after step 18, with room for half a checkpoint. Where no disk can be mounted, files have a limit."""
+    reference, run_dir = lab.reference(1)[0], lab.folder / f"full_{async_save}"
+    kept = [path for path in reference.rglob("*") if path.is_file() and path.parent.name != "step_00000020"]
+    shard = (reference / "checkpoints/step_00000020/__0_0.distcp").stat().st_size
+    most_bytes = sum(path.stat().st_size + 4096 for path in kept) + shard // 2
+    command = (f"--run.dir={run_dir}", f"--checkpoint.async_save={async_save}")
+    with harm.own_disk(run_dir, most_bytes) as mounted:
+        shutil.copytree(reference, run_dir, ignore=lambda *_: {"step_00000020"}, dirs_exist_ok=True)
+        intact = snapshot(run_dir / "checkpoints/step_00000018")
+        result = lab.run(
+            *command, meanwhile=lambda process: None if mounted else harm.limit_files(process.pid, shard // 2)
+        )
+        assert result.returncode == 2, result.stderr
+        message = without_bars(result.stderr)
+        assert message.startswith(f"error: {run_dir}/checkpoints/step_00000020 could not be written: ")
+        assert ("No space left on device" if mounted else "File too large") in message
+        assert f"{run_dir}/checkpoints/step_00000018 is intact" in message and "the same command" in message
+        assert "Traceback" not in message and len(message.splitlines()) == 1
+        assert "complete" not in result.stdout
+        assert names_of_checkpoints(run_dir) == [".tmp-step_00000020", "step_00000018"]
+        assert snapshot(run_dir / "checkpoints/step_00000018") == intact
+        assert not mounted or harm.mount(run_dir, f"remount,size={most_bytes + 2**22}")
+        result = lab.run_to_end(*command)
+        assert f"resumed from {run_dir}/checkpoints/step_00000018\n" in result.stdout
+        assert facts(run_dir) == facts(reference)
+        assert names_of_checkpoints(run_dir) == ["step_00000018", "step_00000020"]
+
+
+SHORT = ["--train.steps=8", "--checkpoint.every=3", "--data.val_fraction=0"]
+
+
+def fill_disk(run_dir: Path) -> None:
+    """No room for another line of metrics."""
+    if dist.get_rank() == 0:
+        harm.limit_files(0, (run_dir / "metrics.jsonl").stat().st_size + 5)
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_one_message_and_are_made_up_for(lab, train_on):
+    run_dir, reference = lab.folder / "metrics_full", lab.folder / "metrics_reference"
+    train_on(2, reference, SHORT)
+    messages = {result["message"] for result in train_on(2, run_dir, SHORT, meanwhile={4: fill_disk})}
+    (message,) = messages
+    assert message.startswith(f"{run_dir}/metrics.jsonl cannot be written: ") and "File too large" in message
+    assert names_of_checkpoints(run_dir) == ["step_00000003"]
+    result, *_ = train_on(2, run_dir, SHORT)
+    assert "resumed from" in result["printed"] and result["message"] is None
+    assert facts(run_dir) == facts(reference)
+
+
+def fill_disk_of_rank_1(run_dir: Path) -> None:
+    if dist.get_rank() == 1:
+        harm.limit_files(0, 2**13)
+
+
+def wait_for_the_background(run_dir: Path) -> None:
+    time.sleep(2)
+
+
+def test_an_asynchronous_save_that_fails_ends_the_run_long_before_the_next_save(lab, train_on):
+    run_dir = lab.folder / "failed_in_background"
+    arguments = ["--train.steps=20", "--checkpoint.every=9", "--checkpoint.async_save=true"]
+    meanwhile = {9: fill_disk_of_rank_1, 10: wait_for_the_background}
+    messages = {result["message"] for result in train_on(4, run_dir, arguments, meanwhile=meanwhile)}
+    (message,) = messages
+    assert re.search(r"step_00000009 could not be written: .*File too large.*; there is no earlier one", message)
+    assert facts(run_dir)[-1]["step"] in (9, 10), "noticed after the step that waited for it, at the latest"
+
+
+def remove(run_dir: Path) -> None:
+    if dist.get_rank() == 0:
+        run_dir.rename(run_dir.with_name("removed"))
+
+
+@pytest.mark.parametrize("async_save", ["false", "true"], ids=["sync", "async"])
+def test_a_run_directory_that_vanishes_ends_the_run_with_one_message_and_is_not_made_anew(lab, train_on, async_save):
+    run_dir = lab.folder / f"vanishing_{async_save}/run"
+    arguments = [*SHORT, f"--checkpoint.async_save={async_save}"]
+    messages = {result["message"] for result in train_on(2, run_dir, arguments, meanwhile={4: remove})}
+    (message,) = messages
+    assert message.startswith(f"{run_dir}/checkpoints/step_00000006 could not be written: ")
+    assert "No such file or directory" in message and "there is no earlier one" in message
+    assert not run_dir.exists()
+    assert names_of_checkpoints(run_dir.with_name("removed")) == ["step_00000003"]
+
+
+def no_access(*arguments: object) -> bool:
+    return False
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused_with_one_message(lab, train_on):
+    """A disk mounted read-only; where that is not possible, a folder without permission, or for root a pretence."""
+    run_dir = lab.folder / "read_only"
+    with harm.own_disk(run_dir, 2**24) as mounted:
+        shutil.copytree(lab.reference(1)[0], run_dir, dirs_exist_ok=True)
+        before = snapshot(run_dir)
+        run = partial(train_on, 1, run_dir, ["--train.steps=22"])
+        if mounted:
+            assert harm.mount(run_dir, "remount,ro")
+            (result,) = run()
+        elif os.geteuid() != 0:
+            run_dir.chmod(0o555)
+            (result,) = run()
+            run_dir.chmod(0o755)
+        else:
+            (result,) = run(access=no_access)
+        assert result["message"].startswith(f"run.dir={run_dir} cannot be written: ")
+        assert snapshot(run_dir) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One job at a time
+
+
+def test_a_second_job_in_a_run_directory_is_refused_until_the_first_has_ended_even_if_killed(lab):
+    run_dir, command = lab.folder / "locked", f"--run.dir={lab.folder / 'locked'}"
+    first, deadline = lab.start(command, "--data.num_workers=1"), time.monotonic() + 400
+    while not (run_dir / "checkpoints/step_00000006").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # so that what is there can be compared
+    try:
+        assert first.poll() is None, "the first job was too quick to tell anything"
+        before = snapshot(run_dir)
+        second = lab.run(command)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert re.fullmatch(rf"error: run.dir={run_dir} is in use by another job: .*", without_bars(second.stderr))
+        assert snapshot(run_dir) == before
+    finally:
+        first.kill()  # this process alone: what it has started may live on for a while
+    third = lab.run_to_end(command)
+    first.communicate()
+    assert "resumed from" in third.stdout
+    assert facts(run_dir) == facts(lab.reference(1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Skipped steps
+
+
+BROKEN = {
+    "nan": (1, ("nan", [0])),
+    "inf": (1, ("inf", [0])),
+    "a gradient": (1, ("gradient", [0])),
+    "nan on one dp rank": (4, ("nan", [1])),
+    "a gradient on one dp rank": (4, ("gradient", [0])),
+}
+
+
+@pytest.mark.parametrize(("world", "how"), BROKEN.values(), ids=BROKEN)
+def test_a_step_that_is_not_finite_leaves_weights_and_moments_as_they_were_on_all_ranks(
+    lab, train_on, world, how, request
+):
+    """Also the very first one. The run goes on as if only the update had been left out, bit for bit."""
+    steps, name = (1, 4, 5), re.sub(r"\W", "_", request.node.callspec.id)
+    run_dir, frozen = lab.folder / f"skipping_{name}", lab.folder / f"frozen_{world}"
+    results = train_on(world, run_dir, SHORT, broken=dict.fromkeys(steps, how))
+    if not frozen.exists():
+        train_on(world, frozen, SHORT, frozen=steps)
+    for result in results:
+        assert result["message"] is None
+        for step, (before, after) in enumerate(result["states"], 1):
+            if step == 1:  # moments are made in the first step, with zeros
+                assert before.items() <= after.items() and len(after) == 4 * len(before)
+            elif step in steps:
+                assert after == before
+            else:
+                # a row of the embedding whose token has never come up still decays, but has no moments yet
+                assert all(after[key] != before[key] for key in before if "embed_tokens.weight/" not in key)
+    lines = {line["step"]: line for line in facts(run_dir) if "loss" in line}
+    for step, line in ((line["step"], line) for line in facts(frozen)):
+        if step in steps:
+            assert lines[step].keys() == line.keys()
+            assert lines[step]["grad_norm"] is None
+            assert (lines[step]["loss"] is None) == (how[0] != "gradient")
+            assert lines[step]["lr"] == line["lr"] and lines[step]["tokens"] == line["tokens"]
+        else:
+            assert lines[step] == line
+    assert checkpoint.read_state(run_dir / "checkpoints/step_00000008")["step"] == 8
+
+
+def test_a_skipped_step_is_reported_with_its_rows_on_the_screen_and_in_the_metrics(lab, train_on):
+    run_dir = lab.folder / "reported"
+    (result,) = train_on(1, run_dir, [*SHORT, "--train.log_every=2"], broken={2: ("nan", [0]), 5: ("nan", [0])})
+    num_rows = int(re.search(r"(\d+) training rows", result["printed"])[1])
+    skipped = {line["step"]: line["skipped_rows"] for line in read_metrics(run_dir) if "skipped_rows" in line}
+    assert skipped.keys() == {2, 5}
+    config = configs.load([str(lab.config), *SHORT])
+    for step, rows in skipped.items():
+        with mock.patch.object(parallel, "dp_rank_and_size", lambda mesh: (0, 1)):
+            asked_for = train.micro_batches(config, num_rows, None, step)
+            assert sorted(rows) == sorted(row for _ in range(4) for row in next(asked_for))
+        assert f"step {step} skipped: its loss or gradient is not finite; rows {rows}\n" in result["printed"]
+    steps = [line["step"] for line in read_metrics(run_dir)]
+    assert steps == [2, 2, 4, 5, 6, 8], "with the next line or checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("world", "most", "broken", "more"),
+    [
+        (4, 2, (4, 5, 6), ["--checkpoint.async_save=true"]),
+        (2, 0, (4,), []),
+        (1, 2, (4, 5, 6), ["--train.log_every=4"]),
+    ],
+    ids=["three of two", "one of none", "between two lines of metrics"],
+)
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run_on_all_ranks_after_the_last_checkpoint(
+    lab, train_on, world, most, broken, more, request
+):
+    run_dir = lab.folder / re.sub(r"\W", "_", f"too_many_{request.node.callspec.id}")
+    arguments = [*SHORT, f"--train.max_skipped_steps={most}", *more]
+    results = train_on(world, run_dir, arguments, broken=dict.fromkeys(broken, ("nan", [world // 4])))
+    (message,) = {result["message"] for result in results}
+    assert f"{most + 1} steps in a row" in message and f"train.max_skipped_steps={most}" in message
+    assert sum(f"step {step} skipped" in results[0]["printed"] for step in broken) == len(broken)
+    newest = checkpoint.complete_checkpoints(run_dir)[-1]
+    assert newest.name == "step_00000003" and checkpoint.damage(newest) == []
+    assert read_metrics(run_dir)[-1]["step"] in (broken[-1], 8)
+
+
+def test_a_finite_step_in_between_starts_the_count_again(lab, train_on):
+    run_dir, broken = lab.folder / "in_between", dict.fromkeys((1, 2, 4, 5, 7, 8), ("inf", [0]))
+    (result,) = train_on(1, run_dir, [*SHORT, "--train.max_skipped_steps=2"], broken=broken)
+    assert result["message"] is None
+    assert [line["step"] for line in read_metrics(run_dir) if "skipped_rows" in line] == [1, 2, 4, 5, 7, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 BAD_INPUT = {
@@ -484,21 +931,35 @@ def test_under_torchrun_bad_input_is_reported_by_one_rank(lab, case):
 
 
 @pytest.fixture(scope="module")
-def observed(lab) -> tuple[Path, subprocess.CompletedProcess]:
-    """A run that wandb and the profiler watch."""
-    run_dir = lab.folder / "observed"
-    return run_dir, lab.run_to_end(f"--run.dir={run_dir}", "--run.wandb=offline", "--run.profile_steps=[2,3]")
+def observed(lab) -> tuple[Path, subprocess.CompletedProcess, set[Path]]:
+    """A run that wandb and the profiler watch, and what it wrote elsewhere than into its run directory."""
+    lab.reference(1)
+    run_dir, before = lab.folder / "observed", everywhere(lab)
+    result = lab.run_to_end(f"--run.dir={run_dir}", "--run.wandb=offline", "--run.profile_steps=[2,3]")
+    elsewhere = {path for path in everywhere(lab) - before if run_dir not in (path, *path.parents)}
+    return run_dir, result, elsewhere
+
+
+def everywhere(lab: Lab) -> set[Path]:
+    """What is in the folder with cwd, home, caches and temporary files, and in the repository."""
+    ours = {path for path in ROOT.rglob("*") if not {"__pycache__", ".git", ".venv"} & set(path.parts)}
+    return {path for path in ours if "cache" not in str(path)} | set(lab.folder.rglob("*"))
 
 
 def test_offline_wandb_needs_no_account_prints_nothing_and_writes_into_the_run_directory(lab, observed):
-    run_dir, result = observed
+    run_dir, result, _ = observed
     reference, expected = lab.reference(1)
     assert result.stdout == expected.stdout.replace(str(reference), str(run_dir))
     notes = re.sub(r"USDT:.*ActivityProfiler.*", "", result.stderr)  # torch's profiler says that it starts and stops
     assert without_bars(notes) == ""
     (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     assert {key for key in TRAINING | EVALUATION if key.encode() in log.read_bytes()} == TRAINING | EVALUATION
-    assert list(lab.cwd.iterdir()) == []
+
+
+def test_a_run_writes_into_its_run_directory_and_the_caches_only(lab, observed):
+    _, _, elsewhere = observed
+    caches = (lab.folder / "hf", lab.folder / "home")
+    assert {path for path in elsewhere if not any(cache in (path, *path.parents) for cache in caches)} == set()
 
 
 def test_wandb_without_an_account_is_refused_with_one_message(lab):
@@ -529,13 +990,18 @@ def test_profile_steps_after_the_end_of_the_run_cost_nothing_of_it(lab):
         assert result.returncode == 0 and (run_dir / "checkpoints/step_00000005").exists()
 
 
+SECRETS = {"WANDB_API_KEY": "5ec7e7" * 6 + "cafe", "HF_TOKEN": "hf_" + "NeverWriteThisDown"}
+
+
 @pytest.fixture(scope="module")
 def branch(lab, observed) -> tuple[Path, Path]:
     """A run directory that branched off `observed` two steps before its end, and `observed`, untouched."""
     original, run_dir = observed[0], lab.folder / "branch"
     before = snapshot(original)
     older = original / "checkpoints/step_00000018"
-    result = lab.run_to_end(f"--run.dir={run_dir}", f"--checkpoint.resume={older}", "--run.wandb=offline")
+    command = (f"--run.dir={run_dir}", f"--checkpoint.resume={older}", "--run.wandb=offline")
+    result = lab.run_to_end(*command, environment=SECRETS)
+    assert not any(secret in result.stdout + result.stderr for secret in SECRETS.values())
     assert f"resumed from {older}" in result.stdout
     assert without_bars(result.stderr) == ""
     assert snapshot(original) == before
@@ -552,6 +1018,14 @@ def test_a_branch_continues_the_checkpoint_and_leaves_the_original_alone(branch)
 def test_a_branch_is_a_run_of_its_own_in_wandb(branch):
     own, original = (json.loads((path / "checkpoints/step_00000020/state.json").read_text()) for path in branch)
     assert own["wandb_id"] and original["wandb_id"] and own["wandb_id"] != original["wandb_id"]
+
+
+def test_secrets_of_the_environment_are_in_no_file_and_not_on_the_screen(lab, branch):
+    """The screen is looked at where the branch is made."""
+    files = [path for path in [*branch[0].rglob("*"), *(lab.folder / "home").rglob("*")] if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        assert not any(secret.encode() in path.read_bytes() for secret in SECRETS.values()), path
 
 
 def test_a_resumed_run_stays_the_same_in_wandb(lab, observed):
