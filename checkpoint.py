@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -275,7 +276,8 @@ class Saver:
 
     def __init__(self, run_dir: Path, config: CheckpointConfig):
         self.run_dir, self.keep, self.async_save = run_dir, config.keep, config.async_save
-        self.group = dist.new_group(backend="gloo")  # the thread's collectives must not mix with the training loop's
+        # The thread's collectives must not mix with the training loop's. A slow disk is no reason to end the job.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         enter = partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
         self.thread, self.pending = ThreadPoolExecutor(1, initializer=enter), Future()  # a thread starts on GPU 0
         self.pending.set_result(None)

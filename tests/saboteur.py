@@ -39,8 +39,8 @@ calls = Counter()
 def misbehave(what: str) -> None:
     if what == "raise":
         raise RuntimeError(f"sabotage on rank {RANK}")
-    if what == "hang":
-        ctypes.PyDLL(None).sleep(100_000)
+    while what == "hang":
+        ctypes.PyDLL(None).sleep(100_000)  # a signal ends it early
     if what.startswith("nap"):
         time.sleep(float(what.removeprefix("nap")))
     while what == "wait" and not Path("go").exists():
