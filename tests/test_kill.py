@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_train import Lab, children, facts, kill, without_bars
+from test_train import Lab, facts, kill, ranks_of, without_bars
 
 import checkpoint
 
@@ -138,13 +138,13 @@ def wait_for(
         end = begin + chance.uniform(0, start_seconds)
         while time.monotonic() < end and newest_step(run_dir) == step_before:  # it may start faster than the reference
             time.sleep(0.01)
-        return children(process.pid)
+        return [*ranks_of(process.pid).values()]
     training, saving, pruning = chance.randint(1, 7), chance.randint(1, 2), chance.randint(1, 2)
     delay = chance.uniform(0, {"training": 0.1, "saving": 0.02, "pruning": 0.002}[moment])
     ranks, saves, stale = [], set(), {*steps_of(run_dir, ".tmp-step_")}  # the start removes what the last kill left
     while process.poll() is None:
         if not ranks and time.monotonic() - begin > start_seconds / 2:  # looked up early: it takes its time
-            ranks = children(process.pid)
+            ranks = [*ranks_of(process.pid).values()]
         newest, unfinished = newest_step(run_dir), {*steps_of(run_dir, ".tmp-step_")}
         stale &= unfinished
         saves |= {step for step in unfinished - stale if step > newest}
@@ -157,7 +157,7 @@ def wait_for(
             time.sleep(delay)
             break
         time.sleep(0.001)
-    return ranks or children(process.pid)
+    return ranks or [*ranks_of(process.pid).values()]
 
 
 def strike(process: subprocess.Popen, ranks: list[int], victim: str, chance: random.Random) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import TRAIN, Lab, children, facts, kill, read_metrics, snapshot, split, without_bars
+from test_train import TRAIN, Lab, facts, kill, ranks_of, read_metrics, snapshot, split, without_bars
 
 import checkpoint
 
@@ -138,7 +138,7 @@ def after_steps(number: int) -> Callable:
 
 def send(number: signal.Signals, rank: int | None = None) -> Callable:
     def act(story: Story, process: subprocess.Popen) -> None:
-        os.kill(process.pid if rank is None else children(process.pid)[rank], number)
+        os.kill(process.pid if rank is None else ranks_of(process.pid)[rank], number)
 
     return act
 

@@ -166,11 +166,16 @@ def kill(process: subprocess.Popen) -> tuple[str, str]:
     return process.communicate()
 
 
-def children(parent: int) -> list[int]:
-    """Process ids in the order in which they were started: those of torchrun are its ranks."""
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """Process ids by rank, of the ranks that torchrun has started so far."""
     listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = (map(int, line.split()) for line in listing.splitlines())
-    return sorted(pid for pid, ppid in pairs if ppid == parent)
+    ranks = {}
+    for pid, parent in (map(int, line.split()) for line in listing.splitlines()):
+        if parent == torchrun:
+            with contextlib.suppress(OSError):  # it has ended
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                ranks |= {int(value[5:]): pid for value in environment if value.startswith(b"RANK=")}
+    return ranks
 
 
 @pytest.fixture(scope="module")
