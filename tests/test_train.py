@@ -31,6 +31,7 @@ from laws import digest
 
 import checkpoint
 import configs
+import data
 import parallel
 import train
 from configs import Config, OptimConfig, TrainConfig
