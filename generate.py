@@ -24,8 +24,11 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, dat
         raise ValueError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
     if damage := checkpoint.damage(checkpoints[-1]):
         raise ValueError("\n".join(damage))
-    tables = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
+    try:
+        tables = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"config.toml or tokenizer.json of {run_dir} cannot be read: {error}") from error
     with torch.device("meta"):
         model = Llama(ModelConfig(**tables["model"]))
     model.to_empty(device=device)

@@ -352,6 +352,7 @@ def train(config: Config, device: torch.device) -> None:
         stopping |= unevaluated
         if due(step, config.checkpoint.every, train.steps) or stopping:
             report_skipped()
+            shutdown.agreed(monitor.problems)  # a line that could not be written must not lie behind a checkpoint
             status = "stopped" if stopping else "complete" if step == train.steps else "saved"
             with meter.paused(), parallel.errors_stop_all_ranks():
                 shutdown.unwatch()
@@ -364,7 +365,6 @@ def train(config: Config, device: torch.device) -> None:
         if stopping:
             break
 
-    shutdown.agreed(monitor.problems)
     shutdown.unwatch()
     with parallel.errors_stop_all_ranks():
         saver.wait()
