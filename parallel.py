@@ -61,7 +61,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from model import Llama, ModelConfig
@@ -330,9 +330,13 @@ KEPT_BY_SELECTIVE = [
 ]
 
 
+def selective_policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def keep_selected_activations(block: nn.Module) -> None:
     """Backward recomputes a block's forward except KEPT_BY_SELECTIVE: norms, RoPE, activations, all-gathers."""
-    context_fn = partial(create_selective_checkpoint_contexts, KEPT_BY_SELECTIVE)
+    context_fn = partial(create_selective_checkpoint_contexts, selective_policy)
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
 
 
