@@ -3,7 +3,7 @@
     python benchmarks/checkpoint_stall.py                                                   one process
     torchrun --standalone --nproc_per_node=2 benchmarks/checkpoint_stall.py                 two
 
-The rounds alternate. A round is ROUND_STEPS steps of a 19-million-parameter Llama with a save before the first of them;
+The rounds alternate. A round is ROUND_STEPS steps of a 21-million-parameter Llama with a save before the first of them;
 "stall" is the time inside `save`, "round" the time of the whole round, in which the background write may slow the steps
 down. Medians, with the smallest and the largest in brackets; the last line is what matters, a ratio.
 """
