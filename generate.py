@@ -77,7 +77,7 @@ def main() -> None:
         model, tokenizer, special = load_run(arguments.run_dir, device)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    prompt = data.without_rules(tokenizer).encode(arguments.prompt, add_special_tokens=False).ids
+    prompt = data.without_rules(tokenizer, special).encode(arguments.prompt, add_special_tokens=False).ids
     tokens, printed = [special.bos, *prompt], ""
     print(arguments.prompt, end="", flush=True)
     new = []
