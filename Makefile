@@ -16,7 +16,7 @@ train: .venv/run
 test: .venv/dev
 	$(BIN)/python -m pytest tests
 
-# SIGKILL, a hundred times: an hour on two cores.
+# SIGKILL, a hundred times.
 kill-test: .venv/dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --kills=100
 

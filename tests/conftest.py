@@ -25,11 +25,13 @@ def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
     torch.set_num_threads(1)
     while (task := pipe.recv()) is not None:
-        function, world, store, arguments = task
+        function, world, (port, name), arguments = task
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
         try:
-            dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+            # No file: tests limit how much a rank may write, and gloo's own threads use the store as well.
+            store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             result = function(*arguments)
             dist.barrier()
             dist.destroy_process_group()
@@ -42,8 +44,9 @@ def serve(rank: int, pipe: Any) -> None:
 class Ranks:
     """`ranks(4, function, *arguments)`: what `function` returns on each of 4 ranks. It is sent by name."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
+    def __init__(self):
+        self.count = 0
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.start()
 
     def start(self) -> None:
@@ -66,12 +69,14 @@ class Ranks:
 
     def __call__(self, world: int, function: Callable, *arguments: Any, timeout: float = 300) -> list:
         self.count += 1
-        store = str(self.folder / f"store{self.count}")
         for pipe in self.pipes[:world]:
-            pipe.send((function, world, store, arguments))
+            pipe.send((function, world, (self.store.port, str(self.count)), arguments))
         results, failed = [], None
         for rank, pipe in enumerate(self.pipes[:world]):
-            done, result = pipe.recv() if pipe.poll(5 if failed else timeout) else (False, "no answer")
+            try:
+                done, result = pipe.recv() if pipe.poll(5 if failed else timeout) else (False, "no answer")
+            except EOFError:
+                done, result = False, "the process died"
             results.append(result)
             failed = failed or (None if done else f"rank {rank}: {result}")
         if failed:  # the others may wait for the failed one: start over with fresh processes
@@ -82,10 +87,21 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+def ranks() -> Ranks:
+    pool = Ranks()
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing that is converted or tokenised leaves the test's folder, and nothing is asked of the Hub."""
+    import datasets  # not for every process of `ranks`
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ import train
 from data import DataConfig, SpecialTokens, deal, epoch_order, rows_of_step
 from model import IGNORE_INDEX
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 BOS, EOS = data.BOS_TOKENS[0], data.EOS_TOKENS[0]
 SEQ_LEN = 8
 LONG = "".join(chr(33 + i * i % 89) for i in range(130 * SEQ_LEN))
@@ -115,15 +117,6 @@ def small_parts() -> None:
         patch.setattr(data, "PART_DOCUMENTS", 60)
         patch.setattr(data, "BATCH_DOCUMENTS", 25)
         yield
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """Nothing that is converted or tokenised leaves the test's folder, and nothing is asked of the Hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

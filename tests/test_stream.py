@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
-import datasets
 import pytest
 from test_data import BOS, EOS, byte_tokenizer, texts_of, write_gzip, write_jsonl, write_lines, write_parquet
 from test_train import Lab, assert_close, facts, without_bars
@@ -27,6 +26,8 @@ from data import DataConfig, permutation
 from model import IGNORE_INDEX
 from stream import StreamRows
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 SEQ_LEN = 8
 TEXTS = [  # of files that are uneven: empty, without documents, of empty documents, of one long one
     [],
@@ -37,14 +38,6 @@ TEXTS = [  # of files that are uneven: empty, without documents, of empty docume
     [f"{i}" * (i % 13) for i in range(40)],
     ["x" * SEQ_LEN, "y" * (SEQ_LEN - 1), "z" * (SEQ_LEN - 2)],
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 @pytest.fixture(params=["pad", "pack"])
