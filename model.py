@@ -168,26 +168,24 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (N, V) that nothing was recorded of."""
-    with torch.enable_grad():
-        loss = summed_cross_entropy(logits.requires_grad_(), targets)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
-
-
 class LossOfChunks(torch.autograd.Function):
     """`SummedLoss` with gradients: those of a chunk follow its loss at once, and backward only hands them over."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, cross_entropy: Callable, size: int
+    ) -> Tensor:
         loss, hidden_grads, weight_grad = 0.0, [], None
         for chunk, some in zip(hidden.detach().split(size), targets.split(size), strict=True):
-            chunk_loss, grad = loss_and_gradient(head(chunk), some)
-            loss = loss + chunk_loss
+            logits = head(chunk).requires_grad_()
+            with torch.enable_grad():
+                chunk_loss = cross_entropy(logits, some)
+            (grad,) = torch.autograd.grad(chunk_loss, logits)
+            loss = loss + chunk_loss.detach()
             hidden_grads.append(grad @ weight)
             more = grad.T @ chunk
             weight_grad = more.float() if weight_grad is None else weight_grad.add_(more)  # bf16 would round each sum
-            del grad, more  # else they live through the next chunk
+            del logits, chunk_loss, grad, more  # else they live through the next chunk
         ctx.save_for_backward(torch.cat(hidden_grads), weight_grad.to(weight.dtype))
         return loss
 
@@ -195,7 +193,7 @@ class LossOfChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         # in place, which saves copies, and has autograd refuse a second backward
-        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None, None
+        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None, None, None
 
 
 class SummedLoss(nn.Module):
@@ -205,11 +203,13 @@ class SummedLoss(nn.Module):
     chunks, of which nothing is kept or computed again. It is a module so that a plan can gather `hidden` once for all.
     """
 
+    cross_entropy = staticmethod(summed_cross_entropy)  # or a compiled one
+
     def forward(self, hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B * T, D), (B * T)
         size = max(1, LOGITS_AT_ONCE // head.out_features)
         if torch.is_grad_enabled():
-            return LossOfChunks.apply(hidden, head.weight, targets, head, size)
+            return LossOfChunks.apply(hidden, head.weight, targets, head, self.cross_entropy, size)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return sum(summed_cross_entropy(head(chunk), some) for chunk, some in chunks)
 

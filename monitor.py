@@ -28,6 +28,22 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+class StartUp:
+    """What the time before training went into: `done` ends a part."""
+
+    def __init__(self, started: float):
+        self.last, self.parts = started, {}
+
+    def done(self, part: str) -> "StartUp":
+        now = time.perf_counter()
+        self.parts[part], self.last = now - self.last, now
+        return self
+
+    def summary(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"first step {sum(self.parts.values()):.1f} s after the start: {parts}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a step costs
 

@@ -34,8 +34,10 @@ arXiv:1909.08053; sequence parallelism, arXiv:2205.05198; FSDP, arXiv:2304.11277
 """
 
 import contextlib
+import ctypes
 import math
 import os
+import platform
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -82,7 +84,7 @@ class ParallelConfig:
         Literal["none", "selective", "full"],
         "what backward recomputes: nothing; all but matmuls and attention; whole blocks",
     ] = "none"
-    compile: Annotated[bool, "torch.compile each block"] = False
+    compile: Annotated[bool, "torch.compile each block, and without TP the cross-entropy"] = False
     reshard_after_forward: Annotated[bool, "free gathered weights after forward, gather again in backward"] = True
     timeout_seconds: Annotated[int, "after the first step: how long ranks wait for one before the job ends"] = 600
 
@@ -151,6 +153,14 @@ def errors_stop_all_ranks():
         stop_all_ranks(messages[0])
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees: the next one would have every page of its tensors faulted in again."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
+        libc.mallopt(m_mmap_threshold, 2**30)  # bytes
+        libc.mallopt(m_trim_threshold, -1)  # never
+
+
 def init_distributed() -> torch.device:
     """Start the process group, also for one process; returns this rank's device: CUDA with NCCL, else CPU with gloo."""
     on_gpu = torch.cuda.is_available()
@@ -160,6 +170,7 @@ def init_distributed() -> torch.device:
     else:  # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_world_size()))
+        keep_freed_memory()
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
@@ -389,6 +400,8 @@ def parallelize(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> None:
             apply_compile(block)
         if config.activation_checkpointing == "full":
             keep_no_activations(block)
+    if config.compile and mesh["tp"].size() == 1:  # with TP the loss communicates in the middle, see `loss_context`
+        model.loss.cross_entropy = torch.compile(model.loss.cross_entropy)
     apply_fsdp(model, mesh, config)
 
 

@@ -13,6 +13,10 @@ import math
 import os
 import signal
 import sys
+import time
+
+STARTED = time.perf_counter()  # before the slow imports
+
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +36,7 @@ import parallel
 import stream
 from configs import Config, OptimConfig
 from model import IGNORE_INDEX, Llama, parameter_count
-from monitor import Meter, Monitor, check_wandb, make_tracer, say
+from monitor import Meter, Monitor, StartUp, check_wandb, make_tracer, say
 from shutdown import Shutdown, signals_held
 
 
@@ -202,6 +206,7 @@ def train(config: Config, device: torch.device) -> None:
     """Everything between the configuration and the end of the process group."""
     model_config, optim, train, run_dir = config.model, config.optim, config.train, Path(config.run.dir)
     is_main = dist.get_rank() == 0
+    start_up = StartUp(STARTED).done("imports and processes")
 
     # What the run directory holds, then the data: whatever is wrong with them is found before anything is written.
     configurations = parallel.gather(configs.to_toml(config))
@@ -220,7 +225,9 @@ def train(config: Config, device: torch.device) -> None:
     with parallel.errors_stop_all_ranks():
         if is_main:
             checkpoint.refuse_another_run(resume_from, run_dir, identity)
+    start_up.done("checkpoint search")
     tokenizer_json, corpus = prepare_data(config, run_dir)
+    start_up.done("data")
     digests = {"tokenizer": hashlib.sha256(tokenizer_json.encode()).hexdigest()[:32], "data": corpus.fingerprint}
     identity = checkpoint.identity(configs.flatten(config)) | digests
     with parallel.errors_stop_all_ranks():
@@ -263,6 +270,7 @@ def train(config: Config, device: torch.device) -> None:
         if state["total_steps"] != train.steps:
             say(f"{train.steps} steps now instead of {state['total_steps']}: the cosine is another one from here on")
 
+    start_up.done("model")
     tp, (_, dp_size) = config.parallel.tp, parallel.dp_rank_and_size(mesh)
     micro_steps = train.global_batch_size // (train.micro_batch_size * dp_size)
     say(
@@ -336,6 +344,8 @@ def train(config: Config, device: torch.device) -> None:
         skipped.record(step, dealt.pop(step), ~finite)
         tokens_seen += tokens
         trace(step)
+        if step == first_step:
+            say(start_up.done("first step").summary())
 
         if due(step, train.log_every, train.steps):
             report_skipped()

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import parallel
+
 MOST_RANKS = 4
 
 
@@ -24,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
     torch.set_num_threads(1)
+    parallel.keep_freed_memory()
     while (task := pipe.recv()) is not None:
         function, world, (port, name), arguments = task
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import math
+import platform
+import resource
 from collections import Counter
 
 import pytest
@@ -38,6 +40,26 @@ def build(parallel_config: ParallelConfig, **changes) -> tuple[Llama, parallel.D
             tensor.fill_(math.nan)
     model.init_weights(0, parallel.place_shard)
     return model, mesh
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def page_faults_of_tensors(mebibytes: int) -> list[int]:
+    """When the same memory is taken, written and given back again and again."""
+    counts = []
+    for _ in range(16):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(mebibytes, 2**18).fill_(1)
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return counts
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_that_a_step_frees_is_not_faulted_in_again_by_the_next(ranks):
+    (faults,) = ranks(1, page_faults_of_tensors, 64)
+    assert max(faults[-4:]) < 100, f"{faults}: 64 MiB are 16,384 pages, and the first times the heap grows"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -324,11 +324,14 @@ def train_on(lab, ranks) -> Callable[..., list[dict[str, Any]]]:
 def test_a_complete_run_shows_its_progress_and_nothing_else(lab, ranks):
     run_dir, result = lab.reference(ranks)
     assert without_bars(result.stderr) == ""
-    shape, batch, *evaluations, complete, hint = result.stdout.splitlines()
+    shape, batch, start_up, *evaluations, complete, hint = result.stdout.splitlines()
     mesh = "dp_replicate 1 x dp_shard 1 x tp 1" if ranks == 1 else "dp_replicate 1 x dp_shard 2 x tp 2"
     assert shape.startswith("Llama with ") and mesh in shape
     rows = int(re.search(r"(\d+) training rows of 32 tokens", batch).group(1))
     assert rows // 8 == STEPS_PER_EPOCH and rows % 8 > 0, "this run is to span several epochs, each with rows to spare"
+    whole, *parts = map(float, re.findall(r"\d+\.\d", start_up))
+    assert start_up.startswith("first step ") and whole == pytest.approx(sum(parts), abs=0.3), "each is rounded"
+    assert len(parts) == 5 and parts[0] > 0.5, "importing torch takes its time"
     assert [line.split(":")[0] for line in evaluations] == ["step 8", "step 16", "step 20"], "one rank speaks"
     assert "complete at step 20" in complete and str(run_dir) in complete
     assert str(run_dir) in hint
