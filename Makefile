@@ -7,7 +7,7 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; print(1 << (torch.cuda.device_c
 # torchrun would set this too, with a warning; train.py gives each process its share of the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test kill-test lint
+.PHONY: train test kill-test bench lint
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
@@ -19,6 +19,10 @@ test: .venv/dev
 # SIGKILL, a hundred times.
 kill-test: .venv/dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --kills=100
+
+# Next to what people would use instead: a table of ratios, in a quarter of an hour.
+bench: .venv/dev
+	$(BIN)/python benchmarks/bench.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
