@@ -80,7 +80,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contender")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contender")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of one measurement")
     parser.add_argument("--dtypes", nargs="+", default=list(RATIOS), choices=list(RATIOS))
     parser.add_argument("--only", default="", help="of the ratios, those that have this in a name")

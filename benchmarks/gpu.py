@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/llama3_1b.toml", help="whose model is trained")
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--micro-batch", type=int, default=4, help="rows at a time")
+    parser.add_argument("--micro-batch", type=int, default=2, help="rows at a time")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--steps", type=int, default=10, help="measured, after a warm-up")
     arguments = parser.parse_args()

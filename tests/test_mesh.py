@@ -74,7 +74,7 @@ class Runs:
             arguments = [str(self.folder / "empty.toml")]
             arguments += [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
             self.ranks(world, run_training, arguments, str(self.folder / "cache"))
-            found = self.read(self.folder / name)
+            found = self.read(Path(values["run.dir"]))
             self.done[world, str(keys)] = found
         return found
 
@@ -143,6 +143,24 @@ def test_the_mesh_does_not_change_the_result(runs, mesh, micro_batch, checkpoint
         **parallel,
     )
     assert_same(ours, runs(1))
+
+
+# From a 2 x 2 mesh to each of these: mesh, micro-batch.
+MOVES = [("tp2", 8), ("tp4", 4), ("dp2", 4), ("dp4", 1), ("dp2 x tp2", 2), ("hsdp 2 x 2", 2), ("hsdp 2 x 1 x tp2", 4)]
+
+
+@pytest.mark.parametrize(("mesh", "micro_batch"), [*MOVES, ("one rank", 8)])
+def test_a_run_goes_on_as_it_was_on_any_other_mesh(runs, mesh, micro_batch):
+    """Law 2 on another mesh: weights, moments and data order move along; the last ten steps are those of one rank."""
+    half = STEPS // 2
+    first = {"parallel__tp": 2, "train__micro_batch_size": 4, "checkpoint__every": half}
+    runs(4, run__dir=str(runs.folder / "moving"), **first)
+    world, parallel = MESHES.get(mesh, (1, {}))
+    resume = {"checkpoint__resume": str(runs.folder / f"moving/checkpoints/step_{half:08d}")}
+    lines, parameters = runs(world, train__micro_batch_size=micro_batch, **resume, **parallel)
+    reference_lines, reference_parameters = runs(1)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(half + 1, STEPS + 1))
+    assert_same((lines, parameters), ([line for line in reference_lines if line["step"] > half], reference_parameters))
 
 
 KV = {"model__num_key_value_heads": 3}

@@ -958,7 +958,8 @@ def everywhere(lab: Lab) -> set[Path]:
 def test_offline_wandb_needs_no_account_prints_nothing_and_writes_into_the_run_directory(lab, observed):
     run_dir, result, _ = observed
     reference, expected = lab.reference(1)
-    assert result.stdout == expected.stdout.replace(str(reference), str(run_dir))
+    timeless = partial(re.sub, r"(?m)^first step .*$", "first step ?")  # it says how long everything took
+    assert timeless(result.stdout) == timeless(expected.stdout.replace(str(reference), str(run_dir)))
     notes = re.sub(r"USDT:.*ActivityProfiler.*", "", result.stderr)  # torch's profiler says that it starts and stops
     assert without_bars(notes) == ""
     (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
