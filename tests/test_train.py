@@ -1044,7 +1044,9 @@ def test_a_resumed_run_stays_the_same_in_wandb(lab, observed):
     result = lab.run_to_end(f"--run.dir={run_dir}", "--run.wandb=offline", "--train.steps=21")
     assert without_bars(result.stderr) == ""
     before, after = (json.loads((run_dir / f"checkpoints/step_{n:08d}/state.json").read_text()) for n in (20, 21))
-    assert after["wandb_id"] == before["wandb_id"]
+    assert before["wandb_id"] is not None and after["wandb_id"] == before["wandb_id"]
+    recordings = [path.name for path in (run_dir / "wandb").glob("offline-run-*")]
+    assert len(recordings) == 2 and all(name.endswith(f"-{before['wandb_id']}") for name in recordings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
