@@ -57,9 +57,9 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of all ranks together; None where the device is not in the table."""
+    """Of one device; None where it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops * dist.get_world_size() for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
 
 class Meter:
@@ -68,7 +68,8 @@ class Meter:
     def __init__(self, config: Config, device: torch.device, step: int, tokens: int):
         self.device, self.step, self.tokens, self.peak = device, step, tokens, peak_flops(device)
         positions = config.train.global_batch_size * config.data.seq_len  # padding is computed like everything else
-        self.flops_per_step = positions * flops_per_token(config.model, config.data.seq_len)
+        flops = positions * flops_per_token(config.model, config.data.seq_len)
+        self.flops_per_step = flops / dist.get_world_size()  # of each rank
         self.restart()
 
     def restart(self) -> None:

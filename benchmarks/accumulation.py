@@ -15,8 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.bench import BATCH, SEQ_LEN, SHAPE
-from benchmarks.contenders import Contender, Job, ours
-from benchmarks.gpu import PaceWithMemory
+from benchmarks.contenders import Contender, Job, PaceWithMemory, ours
 from model import Llama
 
 ROUNDS, STEPS, MICRO_STEPS, RANKS = 7, 2, 4, 2

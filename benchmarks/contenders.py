@@ -13,6 +13,7 @@ Each contender runs in processes of its own, as endless training that calls `pac
 All but ours train on one batch of random tokens that lies ready on the device.
 """
 
+import json
 import os
 import socket
 import sys
@@ -33,7 +34,8 @@ import configs
 import parallel
 import train
 from configs import OptimConfig
-from model import Llama, ModelConfig, apply_rope, flops_per_token
+from model import Attention, Llama, ModelConfig, apply_rope, flops_per_token
+from monitor import peak_memory_gib
 from shutdown import Shutdown
 
 LR = 1e-3
@@ -86,10 +88,9 @@ def ours(job: Job, device: torch.device, folder: Path, pace: Callable[[], None])
 
     train.Shutdown = PacedShutdown
     parallel.init_distributed()
-    shape = asdict(job.shape) | {"tie_word_embeddings": str(job.shape.tie_word_embeddings).lower()}
+    shape = asdict(job.shape)
     shape.pop("rope_scaling")  # costs nothing in a step
-    sizes = {f"model.{key}": value for key, value in shape.items()}
-    settings = sizes | {
+    settings = {f"model.{key}": value for key, value in shape.items()} | {
         "data.seq_len": job.seq_len,
         "data.layout": "pack",
         "data.val_fraction": 0,
@@ -100,29 +101,23 @@ def ours(job: Job, device: torch.device, folder: Path, pace: Callable[[], None])
         "optim.lr": LR,
         "parallel.tp": job.tp,
         "parallel.param_dtype": job.dtype,
-        "parallel.compile": str(job.compiled).lower(),
+        "parallel.compile": job.compiled,
         "parallel.timeout_seconds": 86400,  # others have their turn in between
-        "run.dir": folder,
+        "run.dir": str(folder),
     }
-    train.train(configs.load([f"--{key}={value}" for key, value in settings.items()]), device)
+    arguments = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items()]
+    train.train(configs.load(arguments), device)
 
 
-class TutorialAttention(nn.Module):
+class TutorialAttention(Attention):
     """Every rank runs all heads: projections are gathered, kv heads copied, the mask is a dense tensor of floats."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.head_dim, self.groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         heads = (x.size(0), x.size(1), -1, self.head_dim)
         q, k, v = (projection(x).view(heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
+        groups = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -268,6 +263,13 @@ class Pace:
 
     def answer(self) -> Any:
         return (time.perf_counter() - self.start) / self.steps
+
+
+class PaceWithMemory(Pace):
+    """Answers with the seconds of a step and the peak memory in GiB."""
+
+    def answer(self) -> Any:
+        return super().answer(), peak_memory_gib(self.device)
 
 
 def serve(rank: int, port: int, pipe: Any, contender: Callable, job: Job, folder: Path, make_pace: Callable) -> None:

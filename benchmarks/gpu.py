@@ -9,14 +9,13 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import configs
-from benchmarks.contenders import Contender, Job, Pace, matmul, ours, plain, transformers
-from monitor import PEAK_FLOPS, peak_memory_gib
+from benchmarks.contenders import Contender, Job, PaceWithMemory, matmul, ours, plain, transformers
+from monitor import peak_flops
 
 TURNS = {  # contender, compiled
     "ours": (ours, True),
@@ -27,13 +26,6 @@ TURNS = {  # contender, compiled
     "matmul": (matmul, False),
     "ours again": (ours, True),
 }
-
-
-class PaceWithMemory(Pace):
-    """Answers with the seconds of a step and the GPU's peak memory in GiB."""
-
-    def answer(self) -> Any:
-        return super().answer(), peak_memory_gib(self.device)
 
 
 def main() -> None:
@@ -49,7 +41,7 @@ def main() -> None:
     shape = configs.load([arguments.config, "--parallel.tp=1"]).model
     shape.max_position_embeddings = arguments.seq_len
     gpu = torch.cuda.get_device_name()
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = peak_flops(torch.device("cuda"))
     print(
         f"{gpu}, torch {torch.__version__}; {Path(arguments.config).stem}, bfloat16, {arguments.seq_len} tokens a row,"
     )
