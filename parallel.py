@@ -38,6 +38,7 @@ import ctypes
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -115,6 +116,7 @@ def stop_all_ranks(message: str) -> NoReturn:
     """
     is_main = int(os.environ.get("RANK", 0)) == 0
     if not is_main:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's; `Shutdown` would only take note of it
         time.sleep(PEER_PATIENCE_SECONDS)
     if is_main or local_rank() == 0:
         tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
@@ -153,9 +155,15 @@ def errors_stop_all_ranks():
         stop_all_ranks(messages[0])
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees: the next one would have every page of its tensors faulted in again."""
+def tune_process() -> None:
+    """What training on a CPU asks of a Linux with glibc. Threads and processes that start later inherit the first."""
+    if hasattr(os, "SCHED_BATCH"):
+        # A thread that wakes up waits for its turn. gloo's network thread would often push aside the very thread that
+        # holds the lock it wants, and spin until that one's next turn.
+        with contextlib.suppress(PermissionError):  # in a sandbox
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if platform.libc_ver()[0] == "glibc":
+        # What a step frees is kept: the next one would have every page of its tensors faulted in again.
         libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
         libc.mallopt(m_mmap_threshold, 2**30)  # bytes
         libc.mallopt(m_trim_threshold, -1)  # never
@@ -170,7 +178,7 @@ def init_distributed() -> torch.device:
     else:  # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // local_world_size()))
-        keep_freed_memory()
+        tune_process()
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))

@@ -59,12 +59,15 @@ class Shutdown:
         if watch and not self.watching:  # all ranks have come here, so none is still busy with its set-up
             parallel.set_timeout(self.mesh, self.timeout_seconds)
         self.watching |= watch
-        if self.watching:
-            faulthandler.dump_traceback_later(self.timeout_seconds + DUMP_AFTER_SECONDS, exit=True)
+        self.watch()
         return bool(vote == STOP)
 
+    def watch(self) -> None:
+        if self.watching:
+            faulthandler.dump_traceback_later(self.timeout_seconds + DUMP_AFTER_SECONDS, exit=True)
+
     def unwatch(self) -> None:
-        """Until the next call of `agreed`: a slow disk is no reason to end the job."""
+        """Until the next call of `watch` or `agreed`: a slow disk is no reason to end the job."""
         faulthandler.cancel_dump_traceback_later()
 
 

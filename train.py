@@ -372,6 +372,7 @@ def train(config: Config, device: torch.device) -> None:
                 state["wandb_id"] = monitor.wandb.id if monitor.wandb else state.get("wandb_id")
                 saver.save(step, model, optimizer, state)
                 corpus.train.forget(checkpoint.oldest_step(run_dir))
+            shutdown.watch()
         if stopping:
             break
 

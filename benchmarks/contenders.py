@@ -201,7 +201,7 @@ def transformers(job: Job, device: torch.device, folder: Path, pace: Callable[[]
 
 
 def plain(job: Job, device: torch.device, folder: Path, pace: Callable[[], None]) -> None:
-    parallel.keep_freed_memory()
+    parallel.tune_process()
     with device:
         model = Llama(job.shape)
     model.init_weights(0)

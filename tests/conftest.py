@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
     torch.set_num_threads(1)
-    parallel.keep_freed_memory()
+    parallel.tune_process()
     while (task := pipe.recv()) is not None:
         function, world, (port, name), arguments = task
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}

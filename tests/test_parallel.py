@@ -3,9 +3,12 @@
 import contextlib
 import io
 import math
+import os
 import platform
 import resource
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -60,6 +63,27 @@ def page_faults_of_tensors(mebibytes: int) -> list[int]:
 def test_memory_that_a_step_frees_is_not_faulted_in_again_by_the_next(ranks):
     (faults,) = ranks(1, page_faults_of_tensors, 64)
     assert max(faults[-4:]) < 100, f"{faults}: 64 MiB are 16,384 pages, and the first times the heap grows"
+
+
+def policies_of_new_threads() -> list[tuple[str, int]]:
+    """Name and scheduling policy of the threads that the process group of a run starts."""
+    dist.destroy_process_group()
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    tasks = Path("/proc/self/task")
+    before = {task.name for task in tasks.iterdir()}
+    with mock.patch.dict(os.environ):
+        del os.environ["RANK"]
+        parallel.init_distributed()
+    torch.set_num_threads(1)
+    new = [task for task in tasks.iterdir() if task.name not in before]
+    return [((task / "comm").read_text().strip(), os.sched_getscheduler(int(task.name))) for task in new]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+def test_a_thread_of_gloo_that_wakes_up_waits_for_its_turn(ranks):
+    (threads,) = ranks(1, policies_of_new_threads)
+    assert any("gloo" in name for name, _ in threads)
+    assert {policy for _, policy in threads} == {os.SCHED_BATCH}, threads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
