@@ -406,6 +406,7 @@ def main() -> None:
     if config.train.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+    gc.freeze()  # what the imports have made is no garbage: without it the collector has little to walk through
     device = parallel.init_distributed()
     train(config, device)
     # gloo sometimes aborts a process that exits while tensors of the model are alive. `train` has dropped its

@@ -487,6 +487,7 @@ def test_a_broken_file_stops_the_run_by_name_and_the_run_goes_on_once_it_is_repl
     assert len(re.findall("(?m)^error: ", result.stderr)) == 1 and str(broken) in result.stderr
     assert "replace it; the same command then goes on" in result.stderr
     assert 'train.py", line' not in result.stderr and (ranks > 1 or "Traceback" not in result.stderr)
+    assert "forcefully exiting" not in result.stderr, "nobody had to be killed after torchrun's 30 s"
     assert list((run_dir / "checkpoints").glob("step_*")), "it was to be found in the middle of the run"
     broken.write_bytes(content)
     result = lab.run_to_end(*command, ranks=ranks)
