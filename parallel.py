@@ -156,7 +156,7 @@ def errors_stop_all_ranks():
 
 
 def tune_process() -> None:
-    """What training on a CPU asks of a Linux with glibc. Threads and processes that start later inherit the first."""
+    """What training on a CPU asks of a Linux with glibc. Call it first: threads inherit how they are scheduled."""
     if hasattr(os, "SCHED_BATCH"):
         # A thread that wakes up waits for its turn. gloo's network thread would often push aside the very thread that
         # holds the lock it wants, and spin until that one's next turn.

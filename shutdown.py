@@ -63,6 +63,7 @@ class Shutdown:
         return bool(vote == STOP)
 
     def watch(self) -> None:
+        """End this rank, showing where it hangs, unless the next call of `agreed` comes in time."""
         if self.watching:
             faulthandler.dump_traceback_later(self.timeout_seconds + DUMP_AFTER_SECONDS, exit=True)
 

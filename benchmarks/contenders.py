@@ -13,7 +13,6 @@ Each contender runs in processes of its own, as endless training that calls `pac
 All but ours train on one batch of random tokens that lies ready on the device.
 """
 
-import json
 import os
 import socket
 import sys
@@ -103,10 +102,9 @@ def ours(job: Job, device: torch.device, folder: Path, pace: Callable[[], None])
         "parallel.param_dtype": job.dtype,
         "parallel.compile": job.compiled,
         "parallel.timeout_seconds": 86400,  # others have their turn in between
-        "run.dir": str(folder),
+        "run.dir": folder,
     }
-    arguments = [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items()]
-    train.train(configs.load(arguments), device)
+    train.train(configs.load([f"--{key}={configs.toml_value(value)}" for key, value in settings.items()]), device)
 
 
 class TutorialAttention(Attention):

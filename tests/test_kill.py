@@ -20,6 +20,7 @@ import pytest
 from test_train import Lab, facts, kill, ranks_of, without_bars
 
 import checkpoint
+import configs
 
 KILLS_PER_RUN = 8
 STEPS, EVERY, KEEP = 120, 4, 2
@@ -62,7 +63,7 @@ def references(lab) -> dict[str, tuple[Path, float]]:
 def command(run_dir: Path, mesh: str, **options: object) -> list[str]:
     options |= {"run.dir": run_dir, "parallel.tp": MESHES[mesh][1], "train.steps": STEPS, "train.eval_every": 10}
     options |= {"checkpoint.every": EVERY, "checkpoint.keep": KEEP}
-    return [f"--{key}={str(value).lower() if value in (True, False) else value}" for key, value in options.items()]
+    return [f"--{key}={configs.toml_value(value)}" for key, value in options.items()]
 
 
 def reference(lab: Lab, references: dict[str, tuple[Path, float]], mesh: str) -> tuple[Path, float]:

@@ -72,7 +72,7 @@ class Runs:
             values = {**SIZES, "data.dataset": str(self.corpus), "run.dir": str(self.folder / name), **keys}
             (self.folder / "empty.toml").write_text("")
             arguments = [str(self.folder / "empty.toml")]
-            arguments += [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
+            arguments += [f"--{key}={configs.toml_value(value)}" for key, value in values.items()]
             self.ranks(world, run_training, arguments, str(self.folder / "cache"))
             found = self.read(Path(values["run.dir"]))
             self.done[world, str(keys)] = found
@@ -125,10 +125,10 @@ MESHES = {
     "hsdp 2 x 1 x tp2": (4, {"parallel__tp": 2, "parallel__dp_replicate": 2}),
 }
 # Each mesh meets two micro-batches; checkpointing and resharding go round so that each meets 1-D, 2-D and HSDP meshes.
-# TP is slow where ranks share two cores, so the meshes with it have fewer micro-steps: two and one.
-FEW = {"tp2": (4, 8), "tp4": (4, 8), "dp2 x tp2": (2, 4), "hsdp 2 x 1 x tp2": (2, 4)}
+# TP is slow where ranks share two cores, so the meshes with it have larger ones, and fewer micro-steps.
+LARGER = {"tp2": (2, 4), "tp4": (4, 8), "dp2 x tp2": (2, 4), "hsdp 2 x 1 x tp2": (2, 4)}
 CASES = [
-    (mesh, FEW.get(mesh, (1, 2))[turn], ("none", "selective", "full")[i % 3], bool(i % 2))
+    (mesh, LARGER.get(mesh, (1, 2))[turn], ("none", "selective", "full")[i % 3], bool(i % 2))
     for i, (mesh, turn) in enumerate((mesh, turn) for turn in (0, 1) for mesh in MESHES)
 ]
 
