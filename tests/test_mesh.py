@@ -1,4 +1,10 @@
-"""Law 1: the mesh does not change the result. The real training loop, on every mesh, against one rank."""
+"""Law 1: the mesh does not change the result. The real training loop, on every mesh, against one rank.
+
+Kernels round differently from CPU to CPU, and the tolerances are to hold on any. Other machines are imitated by
+running the tests again with ATEN_CPU_CAPABILITY=default or =avx2 (PyTorch's own kernels), with DNNL_MAX_CPU_ISA=AVX2
+(bf16 matrix products) or with MKL_CBWR=COMPATIBLE (float32 ones) in the environment; each with a
+TORCHINDUCTOR_CACHE_DIR of its own, as the compiler's cache does not tell them apart.
+"""
 
 import contextlib
 import io
@@ -26,6 +32,7 @@ SIZES = {
     "data.seq_len": 32,
     "optim.lr": 3e-3,
     "optim.warmup_steps": 5,
+    "optim.eps": 1e-4,  # far above the rounding of a gradient, which Adam would otherwise blow up to a step of lr
     "train.steps": STEPS,
     "train.global_batch_size": 8,
     "train.micro_batch_size": 8,
@@ -99,19 +106,25 @@ def worst_difference(ours: list[dict], reference: list[dict], key: str) -> float
 
 
 def assert_same(ours, reference, tolerance: float = 1e-5) -> None:
-    """Law 1's tolerance: float32 sums in another order, amplified by 20 steps of training."""
+    """Law 1's tolerance: float32 sums in another order, over 20 steps. What was measured is a twentieth of it.
+
+    Before the first step of Adam only the sums differ, by an ulp or two of 6e-8: a run's first line holds to 1e-6.
+    """
     (lines, parameters), (reference_lines, reference_parameters) = ours, reference
+    if reference_lines[0]["step"] == 1:
+        for key in ("loss", "grad_norm"):
+            assert worst_difference(lines[:1], reference_lines[:1], key) < 1e-6, f"{key} of step 1"
     for key in ("loss", "grad_norm", "val_loss"):
         assert worst_difference(lines, reference_lines, key) < tolerance, key
     for key in ("step", "tokens", "val_tokens"):
         assert [line.get(key) for line in lines] == [line.get(key) for line in reference_lines]
-    # Adam divides by the root of the second moment, so an element whose gradient is nothing but rounding still moves
-    # by up to lr a step, in a direction that rounding decides. Such elements are rare: the mean stays small.
+    # As shares of the longest way that Adam could have gone. An ulp of a norm's weight, near 1, is 4e-6 of it, and
+    # more than that was not seen; a gradient's rounding, some 1e-9, moves an element by at most 1e-9 / eps = 1e-5.
     path = sum(line["lr"] for line in reference_lines if "lr" in line)
     for name, theirs in reference_parameters.items():
         difference = (parameters[name] - theirs).abs()
-        assert difference.max() < 0.1 * path, name
-        assert difference.mean() < 1e-3 * path, name
+        assert difference.max() < 1e-4 * path, name
+        assert difference.mean() < 1e-5 * path, name
 
 
 MESHES = {

@@ -44,6 +44,7 @@ STEPS_PER_EPOCH = 4  # so checkpoint 6 and 18 lie inside an epoch, and 12 at its
 TIMES = {"step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "data_seconds"}
 TRAINING = {"step", "loss", "grad_norm", "lr", "tokens"} | TIMES
 EVALUATION = {"step", "val_loss", "val_bits_per_byte", "val_tokens"}
+# eps as in test_mesh.py. At twice this lr the gradient's norm jumps to 10 for a step, and what rounding did with it.
 CONFIG = f"""
 [model]
 hidden_size = 32
@@ -56,8 +57,9 @@ tokenizer_vocab_size = 320
 seq_len = 32
 val_fraction = 0.2
 [optim]
-lr = 1e-2
+lr = 5e-3
 warmup_steps = 4
+eps = 1e-4
 [train]
 steps = {STEPS}
 global_batch_size = 8
@@ -214,10 +216,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def assert_close(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    """Law 1: float32 sums in another order, over 20 steps."""
+    """Law 1: float32 sums in another order, over 20 steps; to 1e-6 at step 1, before Adam has used any of them."""
     assert [line.keys() for line in lines] == [line.keys() for line in reference]
     for line, expected in zip(lines, reference, strict=True):
-        assert line == pytest.approx(expected, rel=1e-5), f"step {expected['step']}"
+        tolerance = 1e-6 if expected["step"] == 1 else 1e-5
+        assert line == pytest.approx(expected, rel=tolerance), f"step {expected['step']}"
 
 
 class Stopped(Exception):
@@ -360,7 +363,7 @@ def test_metrics_are_complete_and_sane(lab, ranks):
     assert training[0]["loss"] == pytest.approx(math.log(384), abs=0.05), "the first guess is uniform"
     assert training[-1]["loss"] < training[0]["loss"] - 0.5
     assert all(line["grad_norm"] > 0 and line["peak_memory_gib"] > 0 and line["mfu"] is None for line in training)
-    optim = OptimConfig(lr=1e-2, warmup_steps=4)
+    optim = OptimConfig(lr=5e-3, warmup_steps=4)
     assert [line["lr"] for line in training] == [
         train.learning_rate(step, STEPS, optim) for step in range(1, STEPS + 1)
     ]
@@ -406,7 +409,7 @@ def test_extending_a_run_continues_it_and_says_that_the_cosine_changes(lab):
     assert lines[:-4] == facts(reference)
     training, evaluation = split(lines[-4:])
     assert [line["step"] for line in training] == [21, 22, 23] and [line["step"] for line in evaluation] == [23]
-    optim = OptimConfig(lr=1e-2, warmup_steps=4)
+    optim = OptimConfig(lr=5e-3, warmup_steps=4)
     assert [line["lr"] for line in training] == [train.learning_rate(step, 23, optim) for step in (21, 22, 23)]
 
 
