@@ -69,6 +69,7 @@ def reference(model: Llama) -> transformers.LlamaForCausalLM:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_logits_and_gradients_equal_transformers(shape):
+    """To float32's rounding: today the operations are the same to the bit, but theirs may come in another order."""
     model = sharp_model(**shape)
     theirs = reference(model)
     torch.manual_seed(0)
@@ -93,7 +94,10 @@ def test_logits_and_gradients_equal_transformers(shape):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 41, 1000])
 def test_the_loss_in_chunks_is_that_of_whole_logits(monkeypatch, tokens_at_once, tied):
-    """With its gradients, whatever backward starts with; without; and never twice, which would scale them twice."""
+    """With its gradients, whatever backward starts with; without; and never twice, which would scale them twice.
+
+    A hundred float32 losses added up in another order differ by a few ulps of 6e-8, their gradients by some more.
+    """
     monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", tokens_at_once * 128)
     whole, chunks = (sharp_model(tie_word_embeddings=tied) for _ in range(2))
     input_ids, targets, positions = packed_rows([20, 1, 30, 9], [60])
@@ -102,7 +106,7 @@ def test_the_loss_in_chunks_is_that_of_whole_logits(monkeypatch, tokens_at_once,
     loss = chunks(input_ids, targets, positions)
     with torch.no_grad():
         for computed in (loss, chunks(input_ids, targets, positions)):
-            torch.testing.assert_close(computed, expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(computed, expected, rtol=2e-6, atol=0)
     (3 * expected).backward()
     (3 * loss).backward(retain_graph=True)
     for name, parameter in chunks.named_parameters():
@@ -168,6 +172,7 @@ def test_far_positions_have_angles_of_their_own():
 
 
 def test_a_pad_on_the_right_changes_no_real_token():
+    """But for rounding: kernels sum in another order where rows are longer."""
     model = make_model(make_config())
     row = torch.randint(128, (1, 20))
     padded = torch.cat((row, torch.full((1, 12), 5)), dim=1)
@@ -184,7 +189,7 @@ def packed_rows(*rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def test_packed_documents_have_the_logits_loss_and_gradients_that_they_have_alone():
-    """float32 to 1e-5; without positions they see each other, and have not."""
+    """To 1e-5, as kernels sum in another order where rows are longer; without positions they see each other."""
     rows = ([20, 1, 30, 9], [60], [2, 50, 8])
     input_ids, targets, positions = packed_rows(*rows)
     packed, alone = (sharp_model(num_attention_heads=8, num_key_value_heads=2) for _ in range(2))
@@ -207,7 +212,10 @@ def test_packed_documents_have_the_logits_loss_and_gradients_that_they_have_alon
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_attention_is_given_the_mask_that_a_cpu_uses(monkeypatch):
-    """What runs on a GPU, here without its kernel: forward only, on rows that no block of 128 divides."""
+    """What runs on a GPU, here without its kernel: forward only, on rows that no block of 128 divides.
+
+    To a few ulps of float32, 6e-8, since it takes softmax in another order.
+    """
     batch, model = packed_rows([100, 1, 150, 49], [300], [3, 290, 7]), sharp_model(max_position_embeddings=300)
     dense = model(*batch)
     monkeypatch.setattr(model_module, "compiled", lambda function: function)
