@@ -211,27 +211,33 @@ def test_compiled_blocks_compute_the_same(runs, world, tp, checkpointing):
 
 
 LONG = {"train__steps": 50, "train__eval_every": 0}
+BF16 = {**LONG, "parallel__param_dtype": "bfloat16"}
+
+
+def tail(run: tuple[list[dict], dict]) -> float:
+    """Mean loss of the last ten steps, since single losses vary with the rows."""
+    losses = [line["loss"] for line in run[0] if "loss" in line]
+    assert len(losses) == 50
+    return sum(losses[-10:]) / 10
+
+
+def assert_within_noise(loss: float, alone: list[float]) -> None:
+    """Twice the spread of runs on one rank, and at least 1e-3, as four runs can lie close together by chance.
+
+    On four kinds of CPU the spread was 4e-4 of the loss, and no mesh further away than 3e-4.
+    """
+    center = sum(alone) / len(alone)
+    assert abs(loss - center) < max(2 * (max(alone) - min(alone)), 1e-3 * center), f"{loss} against {alone}"
 
 
 def test_bf16_differs_between_meshes_by_no_more_than_its_noise(runs):
     """The noise is measured: the spread, on one rank, of runs that only differ in their micro-batch.
 
-    They compute the same sums in another order, as meshes do. Means over the last ten steps, since single losses vary
-    with the rows.
+    They compute the same sums in another order, as meshes do.
     """
-
-    def tail(lines: list[dict]) -> float:
-        losses = [line["loss"] for line in lines if "loss" in line]
-        assert len(losses) == 50
-        return sum(losses[-10:]) / 10
-
-    bf16 = {**LONG, "parallel__param_dtype": "bfloat16"}
-    alone = [tail(runs(1, **bf16, train__micro_batch_size=size)[0]) for size in (8, 4, 2, 1)]
-    noise = max(alone) - min(alone)
-    assert noise > 0
-    center = sum(alone) / len(alone)
+    alone = [tail(runs(1, **BF16, train__micro_batch_size=size)) for size in (8, 4, 2, 1)]
+    assert max(alone) > min(alone)
     for world, tp in ((2, 2), (2, 1), (4, 2)):
-        loss = tail(runs(world, **bf16, parallel__tp=tp, train__micro_batch_size=4)[0])
-        assert abs(loss - center) < 2 * noise, f"{world=} {tp=}: {loss} against {alone}"
-    float32 = tail(runs(1, **LONG)[0])
+        assert_within_noise(tail(runs(world, **BF16, parallel__tp=tp, train__micro_batch_size=4)), alone)
+    float32, center = tail(runs(1, **LONG)), sum(alone) / len(alone)
     assert abs(center - float32) < 2e-3 * float32, "bf16 rounds to 8 bits, 4e-3, and most of it averages out"

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from test_mesh import STEPS, Runs, assert_same
+from test_mesh import BF16, STEPS, Runs, assert_same, assert_within_noise, tail
 from test_train import Lab, assert_close, facts, train_here
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -82,9 +82,9 @@ def alone(ranks, corpus, tmp_path_factory) -> Runs:
 
 @pytest.fixture
 def train_with(ranks, corpus, tmp_path) -> Callable:
-    def run(mistake: str, world: int, tp: int, heads: dict[str, int]) -> tuple[list[dict], dict]:
+    def run(mistake: str, world: int, tp: int, options: dict[str, Any]) -> tuple[list[dict], dict]:
         runs = Runs(planted(ranks, mistake), corpus, tmp_path)
-        return runs(world, parallel__tp=tp, train__micro_batch_size=4, **heads)
+        return runs(world, parallel__tp=tp, train__micro_batch_size=4, **options)
 
     return run
 
@@ -119,6 +119,14 @@ def test_a_mistake_is_seen_in_metrics_early_and_late_and_in_final_parameters(
 
 def test_what_is_planted_in_a_norm_is_only_the_missing_sum(alone, train_with):
     assert_same(train_with("input_layernorm, summed", 2, 2, FOUR_HEADS), alone(1))
+
+
+@pytest.mark.parametrize(("mistake", "tp", "heads"), [("k and v", 2, THREE_HEADS), ("mean over dp", 1, FOUR_HEADS)])
+def test_a_large_mistake_is_seen_in_bf16_too(alone, train_with, mistake, tp, heads):
+    """A norm's is not: it is smaller than bf16's noise."""
+    reference = [tail(alone(1, **BF16, **heads, train__micro_batch_size=size)) for size in (8, 4, 2, 1)]
+    with pytest.raises(AssertionError, match="against"):
+        assert_within_noise(tail(train_with(mistake, 2, tp, BF16 | heads)), reference)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
