@@ -118,8 +118,9 @@ def assert_same(ours, reference, tolerance: float = 1e-5) -> None:
         assert worst_difference(lines, reference_lines, key) < tolerance, key
     for key in ("step", "tokens", "val_tokens"):
         assert [line.get(key) for line in lines] == [line.get(key) for line in reference_lines]
-    # As shares of the longest way that Adam could have gone. An ulp of a norm's weight, near 1, is 4e-6 of it, and
-    # more than that was not seen; a gradient's rounding, some 1e-9, moves an element by at most 1e-9 / eps = 1e-5.
+    # As shares of the longest way that Adam could have gone. An ulp of a norm's weight, near 1, is 4e-6 of it, 1.2e-5
+    # where only the last ten steps are compared, and more was not seen: a gradient's rounding, some 1e-9, moves an
+    # element by at most 1e-9 / eps = 1e-5.
     path = sum(line["lr"] for line in reference_lines if "lr" in line)
     for name, theirs in reference_parameters.items():
         difference = (parameters[name] - theirs).abs()

@@ -1064,7 +1064,7 @@ def test_learning_rate_warms_up_to_lr_then_falls_to_its_floor_at_the_last_step(w
     assert rates[:warmup_steps] == pytest.approx([0.5 * step / warmup_steps for step in range(1, warmup_steps + 1)])
     after = rates[max(0, warmup_steps - 1) :]
     assert all(later <= earlier for earlier, later in pairwise(after))
-    assert max(rates) == pytest.approx(0.5, rel=1e-3)
+    assert max(rates) == pytest.approx(0.5, rel=1e-3)  # without warm-up the cosine has begun at step 1
     assert rates[-1] == pytest.approx(min_lr_ratio * 0.5, abs=1e-12)
     if warmup_steps == 10:  # half-way down the cosine
         assert rates[60 - 1] == pytest.approx((0.5 + min_lr_ratio * 0.5) / 2)
