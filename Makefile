@@ -1,20 +1,26 @@
-# `make train` and `make test` do everything, set-up included.
+# Every target does everything, set-up included.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Processes: one a GPU (a power of two of them, which divides the batch), or 4 on a CPU, which makes a 2 x 2 mesh.
 NPROC ?= $(shell $(BIN)/python -c "import torch; print(1 << (torch.cuda.device_count() or 4).bit_length() - 1)")
+# For pytest, as in: make check ARGS="--override model.rope_theta=500000"
+ARGS ?=
 # torchrun would set this too, with a warning; train.py gives each process its share of the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test kill-test bench lint
+.PHONY: train test check kill-test bench lint
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
 	$(BIN)/python generate.py runs/quickstart --prompt "    def __init__(self" --temperature 0.7 --top-k 30 --seed 3
 
 test: .venv/dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(ARGS)
+
+# The laws on tiny runs, with your keys set: what to run after each change.
+check: .venv/dev
+	$(BIN)/python -m pytest -vv -rs tests/test_check.py $(ARGS)
 
 # SIGKILL, a hundred times.
 kill-test: .venv/dev
@@ -27,6 +33,7 @@ bench: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -5,14 +5,16 @@
 The arguments are train.py's; without CONFIG it is configs/quickstart.toml. --world-size is the number of ranks (8),
 --local-world-size that of one node (all). It needs no GPU, no data and no other process, whatever the size.
 
-Nothing here is a second copy of the plan. The real model, with one block, goes through `parallel.parallelize` on a mesh
-of which this process is rank 0 and the others are pretended; then forward and backward run on tensors that have a shape
-but no memory, and every collective that is called is written down. What one block does is multiplied by the layers.
+Nothing here is a second copy of the plan. The real model, with one block of each kind, goes through
+`parallel.parallelize` on a mesh of which this process is rank 0 and the others are pretended; then forward and backward
+run on tensors that have a shape but no memory, and every collective that is called is written down. What a block does
+is multiplied by the blocks of its kind.
 
 How to read it:
 
   Llama, Block  the whole model, and one of its blocks. With (FSDP): gathering parameters, summing
                 gradients. Without: the loss, and the update's one sum of loss, tokens and norm.
+                Where blocks differ, each kind is shown by its first block, under that one's number.
   placements    of a weight on dp_replicate, dp_shard and tp: S(d) = cut along dim d, R = the same
                 on all ranks, P = a sum still pending, - = none. All but "whole" is rank 0's shape.
   arrives, computes on, leaves
@@ -29,9 +31,9 @@ How to read it:
 
 import argparse
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import partial
 
 import torch
@@ -47,10 +49,12 @@ from torch.utils._pytree import tree_leaves
 
 import configs
 import parallel
+import train
 from configs import Config
-from model import Llama, parameter_count
+from model import Llama, Mask, parameter_count
+from runtime.ranks import UserError
 
-BLOCK = "model.layers.0"
+LAYERS = "model.layers."
 KINDS = {"gather": "all-gather", "reduce_scatter": "reduce-scatter", "reduce": "all-reduce"}  # by part of the op's name
 
 
@@ -63,7 +67,7 @@ class Collective:
     kind: str
     axis: str
     nbytes: int  # of one call
-    count: int  # in a step, over all layers and micro-steps
+    count: int  # in a step, over all blocks of the kind and all micro-steps
 
 
 @dataclass
@@ -73,6 +77,7 @@ class Report:
     config: Config
     ranks: list[list[list[int]]]  # by dp_replicate, dp_shard, tp
     micro_steps: int
+    blocks: dict[str, tuple[list[int], str]]  # by the first block of each kind: the layers of that kind, and their mask
     weights: dict[str, list]  # by module: style, full shape, placements, local shape
     activations: dict[str, list[list]]  # by module: [local shape, layout] at the four moments of `Recorder.visit`
     collectives: list[Collective]
@@ -117,7 +122,7 @@ class Recorder(TorchDispatchMode):
         if self.phase != "forward":
             return
         if moment == "starts":  # FSDP has gathered the module's own parameters, but not yet those of blocks inside it
-            own = [parameter for key, parameter in module.named_parameters() if name or not key.startswith(BLOCK)]
+            own = [parameter for key, parameter in module.named_parameters() if name or not key.startswith(LAYERS)]
             self.gathered[name] = nbytes(own)
         tensor, style = inputs[0] if output is None else output, self.styles.get(name)
         # A plain tensor is what the module's style takes it for, or else what the module was that it comes from.
@@ -165,12 +170,39 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-def record(config: Config, mesh: DeviceMesh, styles: dict[str, ParallelStyle]) -> tuple[Recorder, dict[str, int]]:
-    """A micro-step and the update of the real model with one block, without memory; and the bytes it would take."""
-    with torch.device("meta"):
-        model = Llama(replace(config.model, num_hidden_layers=1))
-    parallel.parallelize(model, mesh, replace(config.parallel, compile=False))
-    memory = Counter()
+def block_of(name: str) -> str:
+    """The block that a module, a parameter or a cause is in; outside of blocks ""."""
+    return ".".join(name.removesuffix(" (FSDP)").split(".")[:3]) if name.startswith(LAYERS) else ""
+
+
+def keep_one_of_each_kind(model: Llama) -> dict[str, list[int]]:
+    """Drop every block that equals an earlier one; by the name of each that is left, the layers that it stands for."""
+    kinds: dict[str, list[int]] = {}
+    for layer, block in enumerate(model.model.layers):
+        settings = [{key: value for key, value in vars(each).items() if key[0] != "_"} for each in block.modules()]
+        slices = [(name, weight.shape, weight.placements) for name, weight in block.named_parameters()]
+        kinds.setdefault(f"{block} {settings} {slices}", []).append(layer)
+    for layers in kinds.values():
+        for layer in layers[1:]:
+            delattr(model.model.layers, str(layer))  # the others keep their names
+    return {f"{LAYERS}{layers[0]}": layers for layers in kinds.values()}
+
+
+def styles_of(plan: dict[str, ParallelStyle], module: nn.Module, name: str = "") -> dict[str, ParallelStyle]:
+    """By module, the styles of a plan for `module`, which has that name. Each part of a key may have wildcards."""
+    found = {}
+    for key, style in plan.items():
+        for inner in (inner.split(".") for inner, _ in module.named_modules()):
+            if len(inner) == key.count(".") + 1 and all(map(fnmatch, inner, key.split("."))):
+                found[".".join(filter(None, (name, *inner)))] = style
+    return found
+
+
+def record(
+    config: Config, model: Llama, mesh: DeviceMesh, styles: dict[str, ParallelStyle], kinds: dict[str, list[int]]
+) -> tuple[Recorder, dict[str, int]]:
+    """A micro-step and the update of one block of each kind, without memory; and the bytes that the model needs."""
+    memory: Counter[str] = Counter()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.init_weights(config.train.seed, parallel.place_shard)
@@ -182,49 +214,77 @@ def record(config: Config, mesh: DeviceMesh, styles: dict[str, ParallelStyle]) -
             loss.backward()
             recorder.phase, loss = "update", parallel.to_local(loss.detach())
             parallel.sum_over_ranks(loss, loss, parallel.gradient_square(model))
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = train.make_optimizer(model, config.optim)
         optimizer.step()
         for name, parameter in model.named_parameters():
-            times = config.model.num_hidden_layers if name.startswith(BLOCK) else 1
+            times = len(kinds.get(block_of(name), [0]))
             memory["parameters"] += times * nbytes([parameter])
             memory["gradients"] += times * nbytes([parameter.grad])
             memory["optimizer state"] += times * nbytes(optimizer.state[parameter].values())
-    at_once = 1 if config.parallel.reshard_after_forward else config.model.num_hidden_layers
-    block, root = recorder.gathered[BLOCK], recorder.gathered[""]
-    gathered = {"gathered block": block, "gathered rest": root, "gathered at once": root + at_once * block}
+    root, blocks = recorder.gathered[""], {name: recorder.gathered[name] for name in kinds}
+    largest, every = max(blocks.values()), sum(size * len(kinds[name]) for name, size in blocks.items())
+    at_once = largest if config.parallel.reshard_after_forward else every
+    gathered = {"gathered block": largest, "gathered rest": root, "gathered at once": root + at_once}
     return recorder, memory | gathered
+
+
+def weight_row(recorder: Recorder, name: str) -> list | None:
+    """Style, full shape, placements and local shape of a module's weight; None if it has neither weight nor style."""
+    style = recorder.styles.get(name)
+    weight = getattr(recorder.model.get_submodule(name), "weight", None)
+    title = type(style).__name__ if style else "-"
+    if weight is None:
+        return [title, "-", "-", "-"] if style else None
+    placements = ", ".join(layout_text(placement, weight.ndim) for placement in weight.placements)
+    return [title, tuple(weight.shape), placements, tuple(weight.to_local().shape)]
+
+
+def merge(kinds: dict[str, list[int]], masks: dict[str, str], weights: dict[str, list], recorder: Recorder) -> None:
+    """Make one of kinds of which the same is reported."""
+    shown: dict[str, str] = {}
+    for kind in list(kinds):
+        own = [name for name in weights if block_of(name) == kind]
+        rows = [(name.removeprefix(kind), weights[name], recorder.activations[name]) for name in own]
+        calls = [(n.removeprefix(kind), *rest, k) for (n, *rest), k in recorder.calls.items() if block_of(n) == kind]
+        first = shown.setdefault(f"{masks[kind]} {rows} {sorted(calls)}", kind)
+        if first != kind:
+            kinds[first] += kinds.pop(kind)
 
 
 def explain(config: Config, world: int) -> Report:
     """The report of rank 0 of `world`, for a configuration from `load`. Assumes that there is no process group."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        mesh, styles = parallel.build_mesh(config.parallel, torch.device("cpu")), {}
-        if config.parallel.tp > 1:
-            block = parallel.block_plan(config.model, config.parallel.tp).items()
-            styles = parallel.top_level_plan() | {f"{BLOCK}.{name}": style for name, style in block}
-        recorder, memory = record(config, mesh, styles)
+        mesh = parallel.build_mesh(config.parallel, torch.device("cpu"))
+        with torch.device("meta"):
+            model = Llama(config.model)
+        parallel.parallelize(model, mesh, replace(config.parallel, compile=False))
+        kinds = keep_one_of_each_kind(model)
         sizes = {axis: mesh[axis].size() for axis in mesh.mesh_dim_names} | {"all ranks": world}
+        styles: dict[str, ParallelStyle] = {}
+        if sizes["tp"] > 1:
+            styles |= styles_of(parallel.top_level_plan(), model)
+            for kind in kinds:
+                plan = parallel.block_plan(config.model, sizes["tp"])
+                styles |= styles_of(plan, model.get_submodule(kind), kind)
+        recorder, memory = record(config, model, mesh, styles, kinds)
     finally:
         dist.destroy_process_group()
-    micro_steps = config.train.global_batch_size * config.parallel.tp // (config.train.micro_batch_size * world)
-    weights, collectives = {}, []
-    for module in recorder.activations:
-        style = type(styles[module]).__name__ if module in styles else "-"
-        weight = getattr(recorder.model.get_submodule(module), "weight", None)
-        if weight is not None:
-            placements = ", ".join(layout_text(placement, weight.ndim) for placement in weight.placements)
-            weights[module] = [style, tuple(weight.shape), placements, tuple(weight.to_local().shape)]
-        elif module in styles:
-            weights[module] = [style, "-", "-", "-"]
-    for (module, phase, kind, axis, whole), count in recorder.calls.items():
-        times = config.model.num_hidden_layers if module.startswith(BLOCK) else 1
-        times *= 1 if phase == "update" else micro_steps
-        if sizes[axis] > 1:
-            collectives.append(Collective(module, phase, kind, axis, whole, count * times))
+    weights = {name: row for name in recorder.activations if (row := weight_row(recorder, name))}
+    masks = {kind: mask_text(model.get_submodule(kind).mask, config.data.document_mask) for kind in kinds}
+    merge(kinds, masks, weights, recorder)
+    times = {"": 1} | {kind: len(layers) for kind, layers in kinds.items()}
+    weights = {name: row for name, row in weights.items() if block_of(name) in times}
+    micro_steps = config.train.global_batch_size * sizes["tp"] // (config.train.micro_batch_size * world)
+    collectives = []
+    for (name, phase, kind, axis, whole), count in recorder.calls.items():
+        if sizes[axis] > 1 and block_of(name) in times:
+            count *= times[block_of(name)] * (1 if phase == "update" else micro_steps)
+            collectives.append(Collective(name, phase, kind, axis, whole, count))
     order = list(recorder.activations)
     collectives.sort(key=lambda call: order.index(call.module.removesuffix(" (FSDP)")))
-    return Report(config, mesh.mesh.tolist(), micro_steps, weights, recorder.activations, collectives, memory)
+    blocks = {kind: (sorted(layers), masks[kind]) for kind, layers in kinds.items()}
+    return Report(config, mesh.mesh.tolist(), micro_steps, blocks, weights, recorder.activations, collectives, memory)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,11 +296,21 @@ def size_text(count: int) -> str:
     return next((f"{count / unit:,.1f} {name}" for unit, name in units if count >= unit), f"{count} B")
 
 
-def name_text(module: str) -> str:
-    """As a tree: the whole model and the block by their classes, what is inside the block without its name."""
+def mask_text(mask: Mask, document_mask: bool) -> str:
+    return ("causal" if mask == Mask() else str(mask)) + (", in its document" if document_mask else "")
+
+
+def name_text(module: str, kinds: int = 1) -> str:
+    """As a tree: the whole model and a block by their classes, what is inside a block without its name.
+
+    Of several kinds of block each has its number.
+    """
     name, fsdp, _ = module.partition(" (FSDP)")
-    known = {"": "Llama", BLOCK: "  Block"}
-    return known.get(name, "  " + name.replace(BLOCK + ".", "  ")) + fsdp
+    if block := block_of(name):
+        number = block.removeprefix(LAYERS) if kinds > 1 else ""
+        inner = ".".join(filter(None, (number, name.removeprefix(block).removeprefix("."))))
+        return ("  Block" + f" {number}".rstrip() if name == block else "    " + inner) + fsdp
+    return ("  " + name if name else "Llama") + fsdp
 
 
 def few(items: list, most: int, gap="...") -> list:
@@ -267,29 +337,33 @@ def mesh_text(ranks: list[list[list[int]]]) -> str:
 
 def render(report: Report) -> str:
     """The report as text for a terminal 100 columns wide."""
-    config, plan, train = report.config, report.config.parallel, report.config.train
-    layers, dp = config.model.num_hidden_layers, len(report.ranks) * len(report.ranks[0])
-    weights, activations, calls, totals = [], [], [], {}
+    config, plan, batch = report.config, report.config.parallel, report.config.train
+    layers, kinds, dp = config.model.num_hidden_layers, len(report.blocks), len(report.ranks) * len(report.ranks[0])
+    blocks, weights, activations, calls, totals = [], [], [], [], {}
+    for name, (those, mask) in report.blocks.items():
+        blocks.append([name_text(name, kinds), len(those), ", ".join(map(str, few(those, 8))), mask])
     for name, row in report.weights.items():
         arrives, starts, ends, leaves = report.activations[name]
         change = leaves[1] if ends[1] == leaves[1] else f"{ends[1]} -> {leaves[1]}"
-        weights.append([name_text(name), *row])
-        activations.append([name_text(name), *(f"{a} {b}" for a, b in (arrives, starts, (leaves[0], change)))])
+        weights.append([name_text(name, kinds), *row])
+        activations.append([name_text(name, kinds), *(f"{a} {b}" for a, b in (arrives, starts, (leaves[0], change)))])
     for call in report.collectives:
         whole, (count, total) = call.count * call.nbytes, totals.get((call.axis, call.kind), (0, 0))
         numbers = [f"{call.count:,}", size_text(call.nbytes), size_text(whole)]
-        calls.append([name_text(call.module), call.phase, call.kind, call.axis, *numbers])
+        calls.append([name_text(call.module, kinds), call.phase, call.kind, call.axis, *numbers])
         totals[call.axis, call.kind] = count + call.count, total + whole
     sums = [[*key, f"{count:,}", size_text(total)] for key, (count, total) in sorted(totals.items())]
+    of_kinds = f" of {kinds} kinds" if kinds > 1 else ""
     return "\n".join(
         [
-            f"{parameter_count(config.model):,} parameters, {layers} blocks; param_dtype {plan.param_dtype}, "
+            f"{parameter_count(config.model):,} parameters, {layers} blocks{of_kinds}; param_dtype {plan.param_dtype}, "
             f"reduce_dtype {plan.reduce_dtype},\nactivation_checkpointing {plan.activation_checkpointing}, "
             f"reshard_after_forward {str(plan.reshard_after_forward).lower()}; shown without compile\n"
-            f"a step: {train.global_batch_size:,} rows of {config.data.seq_len:,} tokens = {report.micro_steps:,} "
-            f"micro-steps x {train.micro_batch_size:,} rows x {dp:,} data-parallel ranks\n",
+            f"a step: {batch.global_batch_size:,} rows of {config.data.seq_len:,} tokens = {report.micro_steps:,} "
+            f"micro-steps x {batch.micro_batch_size:,} rows x {dp:,} data-parallel ranks\n",
             __doc__.partition("How to read it:\n\n")[2],
             mesh_text(report.ranks),
+            table(["BLOCKS", "number", "layers", "mask"], blocks),
             table(["WEIGHTS", "style", "whole", "placements", "local"], weights),
             table(["ACTIVATIONS", "arrives", "computes on", "leaves"], activations),
             table(["COLLECTIVES", "phase", "kind", "axis", "calls", "bytes", "a step"], calls, 3),
@@ -303,20 +377,18 @@ def render(report: Report) -> str:
 
 
 def load(arguments: list[str], world: int, local_world: int) -> Config:
-    """The checked configuration for `world` ranks, `local_world` on each node. ValueError names what is wrong.
+    """The checked configuration for `world` ranks, `local_world` on each node, whatever there is here.
 
-    Leaves in the environment what torchrun would set, and no GPU: where this machine has fewer than a node's ranks the
-    configuration would be refused.
+    UserError names what is wrong.
     """
     if min(world, local_world) < 1 or world % local_world:
-        raise ValueError(
+        raise UserError(
             f"--world-size={world} with --local-world-size={local_world}: both must be positive integers, and the "
             "first a multiple of the second"
         )
-    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(local_world), "CUDA_VISIBLE_DEVICES": ""}
-    config = configs.load(arguments)
+    config = configs.load(arguments, world, local_world)
     if config.model.vocab_size == 0 and config.data.tokenizer != "train":
-        raise ValueError(
+        raise UserError(
             f"model.vocab_size=0 waits for the tokenizer {config.data.tokenizer}, which is not loaded here: "
             "give the number of rows with --model.vocab_size=N"
         )
@@ -336,7 +408,7 @@ def main() -> None:
     world = options.world_size
     try:
         config = load(arguments, world, world if options.local_world_size is None else options.local_world_size)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     print(render(explain(config, world)), end="")
 

@@ -13,28 +13,30 @@ import torch
 from tokenizers import Tokenizer
 
 import checkpoint
-import data
+from corpus.config import DataConfig
+from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
 from model import Llama, ModelConfig
+from runtime.ranks import UserError
 
 
-def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, data.SpecialTokens]:
-    """The newest checkpoint of a run with its tokenizer. Raises ValueError where there is none."""
+def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, SpecialTokens]:
+    """The newest checkpoint of a run with its tokenizer. Raises UserError where there is none."""
     checkpoints = checkpoint.complete_checkpoints(run_dir)
     if not checkpoints:
-        raise ValueError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
+        raise UserError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
     if damage := checkpoint.damage(checkpoints[-1]):
-        raise ValueError("\n".join(damage))
+        raise UserError("\n".join(damage))
     try:
         tables = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"config.toml or tokenizer.json of {run_dir} cannot be read: {error}") from error
+        raise UserError(f"config.toml or tokenizer.json of {run_dir} cannot be read: {error}") from error
     with torch.device("meta"):
         model = Llama(ModelConfig(**tables["model"]))
     model.to_empty(device=device)
     model.init_weights(seed=0)  # for the buffers, which checkpoints do not hold
     checkpoint.load_weights(checkpoints[-1], model)
-    special = data.special_tokens(tokenizer, data.DataConfig(**tables["data"]))
+    special = special_tokens(tokenizer, DataConfig(**tables["data"]))
     return model, tokenizer, special
 
 
@@ -75,9 +77,9 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model, tokenizer, special = load_run(arguments.run_dir, device)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    prompt = data.without_rules(tokenizer, special).encode(arguments.prompt, add_special_tokens=False).ids
+    prompt = without_rules(tokenizer, special).encode(arguments.prompt, add_special_tokens=False).ids
     tokens, printed = [special.bos, *prompt], ""
     print(arguments.prompt, end="", flush=True)
     new = []

@@ -36,32 +36,32 @@ LOGITS_AT_ONCE = 2**27  # of a rank's rows, over all its TP peers: half a GiB in
 class ModelConfig:
     """The shape of the model, under Hugging Face's names. `configs` and train.py resolve the zeros."""
 
-    vocab_size: Annotated[int, "rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 128"] = 0
-    hidden_size: Annotated[int, "width of the residual stream"] = 256
-    intermediate_size: Annotated[int, "width of the feed-forward layer"] = 768
-    num_hidden_layers: Annotated[int, "number of decoder blocks"] = 4
-    num_attention_heads: Annotated[int, "query heads"] = 8
-    num_key_value_heads: Annotated[int, "key/value heads; each serves heads / kv heads query heads (GQA)"] = 4
-    head_dim: Annotated[int, "width of one head; 0 = hidden_size / num_attention_heads"] = 0
-    max_position_embeddings: Annotated[int, "positions in the RoPE tables; 0 = data.seq_len"] = 0
+    vocab_size: Annotated[int, "rows of the embedding; 0 = the tokenizer's size, to a multiple of 128", (">=", 0)] = 0
+    hidden_size: Annotated[int, "width of the residual stream", (">=", 1)] = 256
+    intermediate_size: Annotated[int, "width of the feed-forward layer", (">=", 1)] = 768
+    num_hidden_layers: Annotated[int, "number of decoder blocks", (">=", 1)] = 4
+    num_attention_heads: Annotated[int, "query heads", (">=", 1)] = 8
+    num_key_value_heads: Annotated[int, "key/value heads; each serves heads / kv heads query heads, GQA", (">=", 1)] = 4
+    head_dim: Annotated[int, "width of one head; 0 = hidden_size / num_attention_heads", (">=", 0)] = 0
+    max_position_embeddings: Annotated[int, "positions in the RoPE tables; 0 = data.seq_len", (">=", 0)] = 0
     tie_word_embeddings: Annotated[bool, "the head uses the embedding's weight"] = False
-    rope_theta: Annotated[float, "base wavelength of RoPE"] = 10000.0
+    rope_theta: Annotated[float, "base wavelength of RoPE", (">", 0)] = 10000.0
     rope_scaling: Annotated[
         dict[str, Any],
         'Llama 3\'s stretching of RoPE, {rope_type = "llama3", factor, low_freq_factor, high_freq_factor, '
         "original_max_position_embeddings}; {} = none",
     ] = field(default_factory=dict)
-    rms_norm_eps: Annotated[float, "added to the mean square inside RMSNorm"] = 1e-5
-    initializer_range: Annotated[float, "standard deviation of the initial weights"] = 0.02
+    rms_norm_eps: Annotated[float, "added to the mean square inside RMSNorm", (">", 0)] = 1e-5
+    initializer_range: Annotated[float, "standard deviation of the initial weights", (">", 0)] = 0.02
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // max(1, self.num_attention_heads)
 
 
-def rope_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (max_position_embeddings, hd), always float32: in bf16 positions above 256 collide.
+def rope_tables(config: ModelConfig, device: torch.device) -> Tensor:
+    """cos and sin, (2, max_position_embeddings, hd), always float32: in bf16 positions above 256 collide.
 
-    Row t holds the angles t * theta^(-2i/hd), i < hd/2, twice (half-split form). RoFormer, arXiv:2104.09864, eq. 34.
+    Row t is of the angles t * theta^(-2i/hd), i < hd/2, twice (half-split form). RoFormer, arXiv:2104.09864, eq. 34.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # (hd/2,)
@@ -74,7 +74,7 @@ def rope_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tens
         frequencies = frequencies * (keep + (1 - keep) / scaling["factor"])
     positions = torch.arange(config.max_position_embeddings, device=device, dtype=torch.float32)
     angles = torch.outer(positions, frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -84,39 +84,65 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + rotated * sin).to(x.dtype)
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """For FlexAttention: not compiled, it makes the (T, T) matrices that it is there to avoid."""
-    return torch.compile(function)  # not at import time: the compiler takes seconds to import
+@dataclass(frozen=True)
+class Mask:
+    """Which tokens a query sees. This kind: itself and what stands before it.
+
+    It holds no tensor. A fork's kind is a field that `mask_of` sets; blocks with equal masks share their tensor. In
+    every kind, documents of one row do not see each other.
+    """
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the token at position `query` of a row sees the one at `key`; positions broadcast."""
+        return key <= query
+
+    def keys_per_query(self, seq_len: int) -> int:
+        """For FLOPs: all, although half of them are hidden, as PaLM counts them, so that MFU compares."""
+        return seq_len
 
 
-def dense_mask(documents: Tensor) -> Tensor:
-    """(B, 1, T, T), true where a token may look: at itself and what stands before it in its document (B, T)."""
-    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+def mask_of(config: ModelConfig, layer: int) -> Mask:
+    """The one place that decides on a block's mask: forward, FLOPs, configs and explain.py follow."""
+    return Mask()
 
 
-def block_mask(documents: Tensor) -> BlockMask:
+def needs_mask(config: ModelConfig, document_mask: bool) -> bool:
+    """Whether a block needs more than the fused causal kernel: FlexAttention, on a GPU."""
+    return document_mask or any(mask_of(config, layer) != Mask() for layer in range(config.num_hidden_layers))
+
+
+# For FlexAttention: not compiled, it makes the (T, T) matrices that it is there to avoid. Not at import time, as the
+# compiler takes seconds to import.
+compiled = functools.cache(torch.compile)
+
+
+def dense_mask(mask: Mask, documents: Tensor) -> Tensor:
+    """(B, 1, T, T), true where a token may look: `documents` (B, T) numbers those of each row."""
+    token = torch.arange(documents.size(1), device=documents.device)
+    return mask.sees(token[:, None], token) & (documents[:, None, :, None] == documents[:, None, None, :])
+
+
+def block_mask(mask: Mask, documents: Tensor) -> BlockMask:
     """The same for FlexAttention, which leaves out the blocks where it is false throughout (arXiv:2412.05496)."""
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (documents[b, key] == documents[b, query])
+        return mask.sees(query, key) & (documents[b, key] == documents[b, query])
 
     rows, length = documents.shape
     return compiled(create_block_mask)(visible, rows, None, length, length, documents.device)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries (arXiv:2305.13245).
+    """Self-attention with grouped queries (arXiv:2305.13245).
 
-    With one document a row there is no mask: a right-padded row under causal attention never lets a real token see a
-    pad token.
+    Without a mask it is causal, which is all that one document a row asks for: on the right of it there is only
+    padding, which no real token sees.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
+        q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -152,8 +178,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm decoder block."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.mask = mask_of(config, layer)  # its kind; `forward` is handed the one for these rows
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -172,14 +199,13 @@ class LossOfChunks(torch.autograd.Function):
     """`SummedLoss` with gradients: those of a chunk follow its loss at once, and backward only hands them over."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, cross_entropy: Callable, size: int
-    ) -> Tensor:
-        loss, hidden_grads, weight_grad = 0.0, [], None
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, head: nn.Linear, loss_of: Callable, size: int):
+        loss, hidden_grads = 0.0, []
+        weight_grad: Any = None
         for chunk, some in zip(hidden.detach().split(size), targets.split(size), strict=True):
             logits = head(chunk).requires_grad_()
             with torch.enable_grad():
-                chunk_loss = cross_entropy(logits, some)
+                chunk_loss = loss_of(logits, some)
             (grad,) = torch.autograd.grad(chunk_loss, logits)
             loss = loss + chunk_loss.detach()
             hidden_grads.append(grad @ weight)
@@ -190,7 +216,7 @@ class LossOfChunks(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         # in place, which saves copies, and has autograd refuse a second backward
         return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None, None, None
@@ -220,19 +246,15 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(  # a name space: it gives the parameters Hugging Face's names
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # A name space: it gives the parameters Hugging Face's names
+        self.model = nn.ModuleDict({"embed_tokens": embedding, "layers": layers, "norm": norm})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss = SummedLoss()
         self.tie_weights()
-        cos, sin = rope_tables(config, self.lm_head.weight.device)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_buffer("rope", rope_tables(config, self.lm_head.weight.device), persistent=False)
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter again, if configured: replacing either one unties them."""
@@ -245,14 +267,15 @@ class Llama(nn.Module):
         A sum, not a mean: whoever calls knows how many targets the whole global batch has, this rank does not.
         Where a row holds several documents, positions (B, T) count from 0 in each, and none sees another.
         """
-        cos, sin, mask = self.rope_cos[: input_ids.size(1)], self.rope_sin[: input_ids.size(1)], None  # (T, hd)
-        if positions is not None:
-            cos, sin = self.rope_cos[positions].unsqueeze(1), self.rope_sin[positions].unsqueeze(1)  # (B, 1, T, hd)
-            # FlexAttention has no backward on a CPU
-            mask = (block_mask if positions.is_cuda else dense_mask)((positions == 0).cumsum(1))
+        # (T, hd) each, or with positions (B, 1, T, hd)
+        cos, sin = self.rope[:, : input_ids.size(1)] if positions is None else self.rope[:, positions].unsqueeze(2)
+        documents = torch.zeros_like(input_ids) if positions is None else (positions == 0).cumsum(1)  # (B, T)
+        kinds = {block.mask for block in self.model.layers if positions is not None or block.mask != Mask()}
+        # FlexAttention has no backward on a CPU
+        masks = {kind: (block_mask if input_ids.is_cuda else dense_mask)(kind, documents) for kind in kinds}
         x = self.model.embed_tokens(input_ids)  # (B, T, D)
         for block in self.model.layers:
-            x = block(x, cos, sin, mask)
+            x = block(x, cos, sin, masks.get(block.mask))  # without one, the causal kernel is enough
         x = self.model.norm(x)
         return self.lm_head(x) if targets is None else self.loss(x, targets, self.lm_head)
 
@@ -269,16 +292,13 @@ class Llama(nn.Module):
         for name, parameter in self.named_parameters():
             full = torch.ones(parameter.shape, device=parameter.device)
             if parameter.ndim > 1:
-                std = self.config.initializer_range
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    std /= math.sqrt(2 * self.config.num_hidden_layers)
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers if residual else 1)
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
                 full.normal_(0.0, std, generator=generator)
             place(parameter, full)
-        cos, sin = rope_tables(self.config, self.rope_cos.device)
-        self.rope_cos.copy_(cos)
-        self.rope_sin.copy_(sin)
+        self.rope.copy_(rope_tables(self.config, self.rope.device))
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -287,13 +307,20 @@ def parameter_count(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Llama(config).parameters())
 
 
+def multiplications(module: nn.Module, seq_len: int) -> int:
+    """Forward's for one token by the module itself, not by those in it: one for each weight, unless it is named here.
+
+    Norms count with all weights, as in PaLM's N. The embedding table is looked up.
+    """
+    if isinstance(module, Block):  # each head's scores, and its sum of values
+        return 2 * module.self_attn.q_proj.out_features * module.mask.keys_per_query(seq_len)
+    return 0 if isinstance(module, nn.Embedding) else sum(p.numel() for p in module.parameters(recurse=False))
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Model FLOPs of forward and backward for one token, 6 N + 12 L H hd T (PaLM, arXiv:2204.02311, appendix B).
 
-    N leaves out the embedding table, which is looked up, not multiplied. Recomputed activations do not count, and
-    attention counts in full although the causal mask halves it: both as in the paper, so that MFU compares.
+    Backward multiplies twice as often as forward, and each time one adds too. Recomputed activations do not count.
     """
-    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    multiplied = parameter_count(config) - looked_up
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-    return 6 * multiplied + 12 * attention
+    with torch.device("meta"):
+        return 6 * sum(multiplications(module, seq_len) for module in Llama(config).modules())

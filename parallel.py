@@ -1,4 +1,4 @@
-"""How one model becomes many: process group, mesh, tensor parallelism (TP), activation checkpointing, compile, FSDP2.
+"""How one model becomes many: mesh, tensor parallelism (TP), activation checkpointing, compile, FSDP2. Nothing else.
 
 The mesh always has three axes, also when some have size 1, so no code asks whether parallelism is on. Eight ranks
 with dp_replicate = 1 and tp = 2, on one node (HSDP, dp_replicate > 1, adds such sheets, one per replica):
@@ -10,50 +10,64 @@ with dp_replicate = 1 and tp = 2, on one node (HSDP, dp_replicate > 1, adds such
     dp_shard 3    rank 6    rank 7     and gathers the others' just before a block runs (FSDP).
 
 What TP does. Shapes are local to one rank: B rows, T sequence, D hidden, H and K heads, hd head dim, F feed-forward,
-V vocabulary. A branch starts with an all-gather and ends with a reduce-scatter; between blocks T is sharded:
+V vocabulary. A branch starts with an all-gather and ends with a reduce-scatter; between blocks T is sharded. Of a
+weight (out, in), OUT_FEATURES are its rows, Shard(0), and IN_FEATURES its columns, Shard(1):
 
     module                     weight on tp    input                  output                       collective (forward)
-    embed_tokens               Shard(0) on V   (B, T) ids             (B, T/tp, D)                 reduce-scatter
-    input_layernorm            Replicate       (B, T/tp, D)           (B, T/tp, D)
+    embed_tokens               rows, of V      (B, T) ids             (B, T/tp, D)                 reduce-scatter
+    input_layernorm            whole           (B, T/tp, D)           (B, T/tp, D)
     self_attn                                  (B, T/tp, D)           (B, T, D) to q, k and v      all-gather
-      q_proj                   Shard(0)        (B, T, D)              (B, T, H/tp * hd)
-      k_proj, v_proj           Shard(0)        (B, T, D)              (B, T, K/tp * hd)
-      o_proj                   Shard(1)        (B, T, H/tp * hd)      (B, T/tp, D)                 reduce-scatter
-    post_attention_layernorm   Replicate       (B, T/tp, D)           (B, T/tp, D)
+      q_proj                   OUT_FEATURES    (B, T, D)              (B, T, H/tp * hd)
+      k_proj, v_proj           OUT_FEATURES    (B, T, D)              (B, T, K/tp * hd)
+      o_proj                   IN_FEATURES     (B, T, H/tp * hd)      (B, T/tp, D)                 reduce-scatter
+    post_attention_layernorm   whole           (B, T/tp, D)           (B, T/tp, D)
     mlp                                        (B, T/tp, D)           (B, T, D) to gate and up     all-gather
-      gate_proj, up_proj       Shard(0)        (B, T, D)              (B, T, F/tp)
-      down_proj                Shard(1)        (B, T, F/tp)           (B, T/tp, D)                 reduce-scatter
-    norm                       Replicate       (B, T/tp, D)           (B, T/tp, D)
+      gate_proj, up_proj       OUT_FEATURES    (B, T, D)              (B, T, F/tp)
+      down_proj                IN_FEATURES     (B, T, F/tp)           (B, T/tp, D)                 reduce-scatter
+    norm                       whole           (B, T/tp, D)           (B, T/tp, D)
     loss                                       (B, T/tp, D)           (B, T, D) to lm_head         all-gather
-      lm_head                  Shard(0) on V   (n, D), n of B * T     (n, V/tp), kept sharded
+      lm_head                  OUT_FEATURES    (n, D), n of B * T     (n, V/tp), kept sharded
       cross-entropy                            (n, V/tp)              sum, the same on all tp      all-reduces of (n,)
 
-The backward pass mirrors it: an all-gather becomes a reduce-scatter and the other way round. What is replicated on tp
-(norms; k and v where tp does not divide the kv heads) has its gradient summed over tp in addition. Megatron-LM,
+The backward pass mirrors it: an all-gather becomes a reduce-scatter and the other way round. What is whole on every tp
+rank (norms; k and v where tp does not divide the kv heads) has its gradient summed over tp in addition. Megatron-LM,
 arXiv:1909.08053; sequence parallelism, arXiv:2205.05198; FSDP, arXiv:2304.11277.
+
+Four questions on the way:
+
+Why is column-parallel Shard(0)? The papers write y = x A, with A (in, out), and give each rank some columns of A.
+nn.Linear keeps A transposed, as its weight W (out, in), and computes x W^T: columns of A are rows of W. So
+ColwiseParallel cuts OUT_FEATURES, and a rank computes some outputs from all inputs; RowwiseParallel cuts IN_FEATURES,
+and a rank computes an addend of every output from some inputs.
+
+Why are norms in the plan, where nothing of them is cut? A rank normalises its own T/tp positions only, so its gradient
+of the weight is an addend. SequenceParallel makes the weight a DTensor that is replicated, and the input one that is
+cut along SEQUENCE; from these two DTensor knows that the gradient is partial, and sums it. A plain weight would compute
+the same forward, and then each rank would change its copy in its own way.
+
+Why is no gradient counted tp times, when all TP peers call backward on the same loss? To DTensor, what is replicated is
+one value, not tp of them. The loss is a sum of the ranks' addends, and backward hands its gradient, 1, to each addend
+as it is; to send it through another all-reduce would be the derivative of tp losses added up. From there on each rank
+has the gradient of what it computed itself, and whatever is partial is summed once.
+
+Why is the head's input whole, when its plan says SEQUENCE? A style's input_layouts says what to take a plain tensor
+for, while a DTensor knows its own layout. In training, `loss` has gathered the hidden states before it cuts them into
+chunks, and the head finds nothing left to do. Asked for logits, the model gives it what leaves `norm`, and it gathers.
 """
 
 import contextlib
-import ctypes
 import math
-import os
-import platform
-import signal
-import sys
-import time
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public name for it
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -63,22 +77,21 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from tqdm import tqdm
 
 from model import Llama, ModelConfig
 
-SETUP_TIMEOUT = timedelta(hours=12)  # the first rank of a node may tokenise a large corpus while the others wait
-PEER_PATIENCE_SECONDS = 30  # how long a silent rank waits to be ended after rank 0 has printed an error
+SEQUENCE = Shard(1)  # T of activations (B, T, D)
+VOCABULARY = Shard(-1)  # V of logits
+WHOLE = Replicate()  # the same on every tp rank
 
 
 @dataclass
 class ParallelConfig:
     """The mesh and what is done to each block. The data-parallel size is never configured: it is world size / tp."""
 
-    tp: Annotated[int | Literal["auto"], "tensor-parallel ranks; auto = TP inside a node, DP across"] = "auto"
-    dp_replicate: Annotated[int, "copies of the sharded model: 1 = FSDP, more = HSDP"] = 1
+    tp: Annotated[int | Literal["auto"], "tensor-parallel ranks; auto: TP inside a node, DP across", (">=", 1)] = "auto"
+    dp_replicate: Annotated[int, "copies of the sharded model: 1 = FSDP, more = HSDP", (">=", 1)] = 1
     param_dtype: Annotated[Literal["float32", "bfloat16"], "dtype of compute and of gathered parameters"] = "float32"
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], "dtype in which gradients are summed over DP"] = "float32"
     activation_checkpointing: Annotated[
@@ -87,123 +100,13 @@ class ParallelConfig:
     ] = "none"
     compile: Annotated[bool, "torch.compile each block, and without TP the cross-entropy"] = False
     reshard_after_forward: Annotated[bool, "free gathered weights after forward, gather again in backward"] = True
-    timeout_seconds: Annotated[int, "after the first step: how long ranks wait for one before the job ends"] = 600
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
-def world_size() -> int:
-    """Ranks in the job, known before there is a process group: torchrun says so in the environment."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_world_size() -> int:
-    """Ranks on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def stop_all_ranks(message: str) -> NoReturn:
-    """End the job with one message for a person, exit status 2. Every rank must call this; rank 0 speaks.
-
-    torchrun ends all processes as soon as one exits, which would swallow a message that rank 0 was about to print: so
-    the other ranks keep silent and wait to be ended. If nobody ended them, the error is this node's alone.
-    """
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    if not is_main:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's; `Shutdown` would only take note of it
-        time.sleep(PEER_PATIENCE_SECONDS)
-    if is_main or local_rank() == 0:
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
-        sys.stderr.flush()
-    os._exit(2)
-
-
-def gather(value: object) -> list:
-    """Every rank's value, on every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def from_rank_0(value: object) -> object:
-    """Rank 0's value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-@contextlib.contextmanager
-def errors_stop_all_ranks():
-    """Whatever a user can get wrong inside (ValueError, OSError), on any rank, ends all ranks with that one message.
-
-    Every rank enters and leaves it together; no collective may stand inside. Any other exception is a bug and keeps
-    its traceback.
-    """
-    message = None
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = str(error) or repr(error)
-    messages = list(filter(None, gather(message)))
-    if messages:
-        stop_all_ranks(messages[0])
-
-
-def tune_process() -> None:
-    """What training on a CPU asks of a Linux with glibc. Call it first: threads inherit how they are scheduled."""
-    if hasattr(os, "SCHED_BATCH"):
-        # A thread that wakes up waits for its turn. gloo's network thread would often push aside the very thread that
-        # holds the lock it wants, and spin until that one's next turn.
-        with contextlib.suppress(PermissionError):  # in a sandbox
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    if platform.libc_ver()[0] == "glibc":
-        # What a step frees is kept: the next one would have every page of its tensors faulted in again.
-        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
-        libc.mallopt(m_mmap_threshold, 2**30)  # bytes
-        libc.mallopt(m_trim_threshold, -1)  # never
-
-
-def init_distributed() -> torch.device:
-    """Start the process group, also for one process; returns this rank's device: CUDA with NCCL, else CPU with gloo."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:  # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_world_size()))
-        tune_process()
-    store, rank, size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
-        # torchrun --max-restarts keeps its store, and in it the addresses of ranks that are gone (pytorch#135712). Only
-        # on a single node do all ranks know the same number of restarts.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if size == local_world_size() else "any"
-        store = dist.PrefixStore(f"restart_{restarts}", store)
-    backend, device_id = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=SETUP_TIMEOUT, device_id=device_id
-    )
-    return device
+    timeout_seconds: Annotated[int, "after the first step: how long ranks wait for one of them", (">=", 1)] = 600
 
 
 def build_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     """The ("dp_replicate", "dp_shard", "tp") mesh over all ranks; `config.tp` is resolved."""
-    dp_shard = dist.get_world_size() // (config.dp_replicate * config.tp)
-    names = ("dp_replicate", "dp_shard", "tp")
-    return init_device_mesh(device.type, (config.dp_replicate, dp_shard, config.tp), mesh_dim_names=names)
-
-
-def set_timeout(mesh: DeviceMesh, seconds: int) -> None:
-    """How long a collective waits for the slowest rank, on all groups, from now on."""
-    for group in (None, *mesh.get_all_groups()):
-        _set_pg_timeout(timedelta(seconds=seconds), group)
+    shape = config.dp_replicate, dist.get_world_size() // (config.dp_replicate * config.tp), config.tp
+    return init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
 
 
 def dp_rank_and_size(mesh: DeviceMesh) -> tuple[int, int]:
@@ -213,96 +116,20 @@ def dp_rank_and_size(mesh: DeviceMesh) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Divisibility: checked with the config, because a length that tp does not divide hangs instead of failing
-
-
-def divided_by_tp(model: ModelConfig, seq_len: int) -> dict[str, int]:
-    """What tp must divide. Not the kv heads: see `ReplicatedKV`. A vocab_size of 0 becomes a multiple of 128."""
-    return {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.hidden_size": model.hidden_size,
-        "model.intermediate_size": model.intermediate_size,
-        "model.vocab_size": model.vocab_size or 128,
-        "data.seq_len": seq_len,
-    }
-
-
-def resolve_tp(config: ParallelConfig, model: ModelConfig, seq_len: int, local_world: int, world: int) -> int:
-    """`tp`, with "auto" replaced: the largest divisor of the node's ranks that passes every rule.
-
-    On a single node of 4 ranks or more at most half of them, so that the mesh is 2-D.
-    """
-    if config.tp != "auto":
-        return config.tp
-    most = local_world // 2 if world == local_world >= 4 else local_world
-    divisors = [tp for tp in range(1, most + 1) if local_world % tp == 0]
-    return max((tp for tp in divisors if not mesh_errors(replace(config, tp=tp), model, seq_len, world)), default=1)
-
-
-def mesh_errors(config: ParallelConfig, model: ModelConfig, seq_len: int, world: int) -> list[str]:
-    """Each violated rule as a message: value, rule, remedy."""
-    tp, replicas = config.tp, config.dp_replicate
-    if tp < 1 or replicas < 1:
-        return [f"parallel.tp={tp} and parallel.dp_replicate={replicas} must be at least 1"]
-    rules = {"the number of processes": world} | divided_by_tp(model, seq_len)
-    shown = {} if model.vocab_size else {"model.vocab_size": "0, which will be a multiple of 128,"}
-    works = [n for n in range(1, world + 1) if all(value % n == 0 for value in rules.values())]
-    errors = [
-        f"{name}={shown.get(name, value)} is not divisible by parallel.tp={tp}: "
-        f"use tp in {{{', '.join(map(str, works))}}} or a multiple of {tp} for {name}"
-        for name, value in rules.items()
-        if value % tp != 0
-    ]
-    dp = world // tp
-    if world % tp == 0 and dp % replicas != 0:
-        divisors = ", ".join(str(n) for n in range(1, dp + 1) if dp % n == 0)
-        errors.append(
-            f"parallel.dp_replicate={replicas} does not divide the {dp} data-parallel ranks "
-            f"({world} processes / tp={tp}): use one of {{{divisors}}}"
-        )
-    return errors
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensor parallelism
-
-
-class ReplicatedKV(ParallelStyle):
-    """k_proj or v_proj when tp does not divide the kv heads: the weight is whole on every tp rank.
-
-    Each rank computes all K heads and repeats, for each of its own H/tp query heads h, kv head h // (H/K), so that
-    attention pairs them one to one: `enable_gqa` on an uneven local set would pair them wrongly and say nothing.
-    A rank's gradient covers its own query heads only, so it is declared partial over tp; DTensor sums it.
-    """
-
-    def __init__(self, query_heads: int, kv_heads: int):
-        self.query_heads, self.kv_heads = query_heads, kv_heads
-
-    def _replicate_weight(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-        weight = distribute_tensor(module.weight, mesh, [Replicate()], src_data_rank=None)
-        module.register_parameter("weight", nn.Parameter(weight))
-
-    def _local_heads(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-        group, heads = self.query_heads // self.kv_heads, self.query_heads // mesh.size()
-        first = mesh.get_local_rank() * heads  # this rank's query heads: first .. first + heads
-        low, high = first // group, (first + heads - 1) // group + 1  # and the kv heads that they read
-        kv = output.to_local(grad_placements=[Partial()]).unflatten(-1, (self.kv_heads, -1))  # (B, T, K, hd)
-        kv = kv[:, :, low:high].repeat_interleave(group, dim=2)
-        return kv[:, :, first - low * group :][:, :, :heads].flatten(-2)  # (B, T, H/tp * hd)
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(module, device_mesh, self._replicate_weight, None, self._local_heads)
+# The two plans. Beside each line: the local shape that leaves the module, and what is sent for it, forward | backward
 
 
 def top_level_plan() -> dict[str, ParallelStyle]:
-    """Embedding, last norm, loss and head. The table at the top of this file reads along with it."""
+    """Embedding, last norm, loss and head."""
     return {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        # (B, T/tp, D). Each rank looks up what is in its rows, reduce-scatter | all-gather
+        "model.embed_tokens": RowwiseParallel(input_layouts=WHOLE, output_layouts=SEQUENCE),
+        # (B, T/tp, D). Nothing | all-reduce of the weight's gradient
         "model.norm": SequenceParallel(),
-        "loss": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
-        ),
-        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
+        # (B, T, D) for the head's chunks, a sum for all. All-gather, then all-reduces in the loss | reduce-scatter
+        "loss": PrepareModuleInput(input_layouts=(SEQUENCE, None, None), desired_input_layouts=(WHOLE, None, None)),
+        # (n, V/tp). Nothing | nothing; without targets (B, T, V/tp), all-gather
+        "lm_head": ColwiseParallel(input_layouts=SEQUENCE, output_layouts=VOCABULARY, use_local_output=False),
     }
 
 
@@ -311,28 +138,80 @@ def block_plan(model: ModelConfig, tp: int) -> dict[str, ParallelStyle]:
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     kv = ColwiseParallel if kv_heads % tp == 0 else partial(ReplicatedKV, heads, kv_heads)
     return {
+        # (B, T/tp, D). Nothing | all-reduce of the weight's gradient
         "input_layernorm": SequenceParallel(),
+        # (B, T, D) to q, k and v. All-gather | reduce-scatter
         "self_attn": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+            input_layouts=(SEQUENCE, None, None, None), desired_input_layouts=(WHOLE, None, None, None)
         ),
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": kv(),
-        "self_attn.v_proj": kv(),
-        "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
+        "self_attn.q_proj": ColwiseParallel(),  # (B, T, H/tp * hd). Nothing | nothing
+        "self_attn.k_proj": kv(),  # (B, T, K/tp * hd), ReplicatedKV: H/tp heads. Nothing | nothing, or its all-reduce
+        "self_attn.v_proj": kv(),  # as k
+        "self_attn.o_proj": RowwiseParallel(output_layouts=SEQUENCE),  # (B, T/tp, D). Reduce-scatter | all-gather
+        # (B, T/tp, D). Nothing | all-reduce of the weight's gradient
         "post_attention_layernorm": SequenceParallel(),
-        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+        # (B, T, D) to gate and up. All-gather | reduce-scatter
+        "mlp": PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=(WHOLE,)),
+        "mlp.gate_proj": ColwiseParallel(),  # (B, T, F/tp). Nothing | nothing
+        "mlp.up_proj": ColwiseParallel(),  # (B, T, F/tp). Nothing | nothing
+        "mlp.down_proj": RowwiseParallel(output_layouts=SEQUENCE),  # (B, T/tp, D). Reduce-scatter | all-gather
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensor parallelism
+
+
+class ReplicatedLinear(ParallelStyle):
+    """A matrix that is whole on every tp rank, where each rank goes on with a part of the output that is its own.
+
+    The rule: what is computed whole on each rank but consumed sharded has a partial gradient. A rank hears only of its
+    own part, so what backward brings is an addend, for the output, the weight and the input alike. Unless told so,
+    `to_local` takes it for the whole gradient, the same on all ranks, and nothing is summed. (Where all ranks do the
+    same with the whole output, theirs is the whole gradient, and this style would count it tp times.)
+
+    The input is a replicated DTensor, as `PrepareModuleInput` makes it.
+    """
+
+    def own_part(self, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        """What the module returns on this rank of its local output; the whole, if whoever gets it takes its part."""
+        return output
+
+    def _localize(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        return self.own_part(output.to_local(grad_placements=[Partial()]), mesh)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, None, None, self._localize)  # None: all parameters are replicated
+
+
+class ReplicatedKV(ReplicatedLinear):
+    """k_proj or v_proj when tp does not divide the kv heads.
+
+    Each rank computes all K heads and repeats, for each of its own H/tp query heads h, kv head h // (H/K), so that
+    attention pairs them one to one: `enable_gqa` on an uneven local set would pair them wrongly and say nothing.
+    """
+
+    def __init__(self, query_heads: int, kv_heads: int):
+        self.query_heads, self.kv_heads = query_heads, kv_heads
+
+    def own_part(self, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        group, heads = self.query_heads // self.kv_heads, self.query_heads // mesh.size()
+        first = mesh.get_local_rank() * heads  # this rank's query heads: first .. first + heads
+        low, high = first // group, (first + heads - 1) // group + 1  # and the kv heads that they read
+        kv = output.unflatten(-1, (self.kv_heads, -1))  # (B, T, K, hd)
+        kv = kv[:, :, low:high].repeat_interleave(group, dim=2)
+        return kv[:, :, first - low * group :][:, :, :heads].flatten(-2)  # (B, T, H/tp * hd)
+
+
 def apply_tp(model: Llama, mesh: DeviceMesh) -> None:
-    """Turn every parameter into a DTensor on the tp axis."""
+    """Turn every parameter into a DTensor on the tp axis. RuntimeError names those that the plans leave out."""
     parallelize_module(model, mesh, top_level_plan(), src_data_rank=None)
     for block in model.model.layers:
         parallelize_module(block, mesh, block_plan(model.config, mesh.size()), src_data_rank=None)
-    model.tie_weights()  # both were cut alike, Shard(0)
+    model.tie_weights()  # both were cut alike, by rows
+    if left_out := [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]:
+        # In training this would be silent: each rank would go its own way with its part of the gradient
+        raise RuntimeError(f"the TP plans have no line for {', '.join(left_out)}: see the table in parallel.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +247,7 @@ def apply_compile(block: nn.Module) -> None:
     """Compile the block's forward: one graph for all blocks of a shape, and FSDP's gathering stays outside of it."""
     compiled = torch.compile(block.forward)
 
-    def forward(x: Tensor, *rope_and_mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(x, *rope_and_mask):
         # Under TP the embedding hands over its reduce-scatter as an AsyncCollectiveTensor, and the gradient of such an
         # input to a compiled region is lost (torch 2.13: the embedding's becomes zero). Cloning waits for it.
         return compiled(x.clone() if isinstance(x, AsyncCollectiveTensor) else x, *rope_and_mask)
@@ -378,11 +257,9 @@ def apply_compile(block: nn.Module) -> None:
 
 def apply_fsdp(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> None:
     """Shard each block, then what is left (embedding, norm, head), over dp_shard; replicate over dp_replicate."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, config.param_dtype),
-        reduce_dtype=getattr(torch, config.reduce_dtype),
-        cast_forward_inputs=False,  # it would cast the float32 RoPE tables; activations follow the embedding's dtype
-    )
+    param_dtype, reduce_dtype = getattr(torch, config.param_dtype), getattr(torch, config.reduce_dtype)
+    # Forward's inputs are not cast: the RoPE tables are to stay float32, and activations follow the embedding's dtype
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
     shard = partial(fully_shard, mesh=mesh["dp_replicate", "dp_shard"], mp_policy=policy)
     for block in model.model.layers:
         shard(block, reshard_after_forward=config.reshard_after_forward)
@@ -435,6 +312,14 @@ def place_shard(parameter: Tensor, full: Tensor) -> None:
             # rows that do not divide leave the last ranks with fewer rows, or none
             full = chunks[coordinate] if coordinate < len(chunks) else full.narrow(placement.dim, 0, 0)
     parameter.to_local().copy_(full)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full parameter on every rank, from all their slices: for what needs whole matrices. Collective.
+
+    Of a gradient or an optimizer's state too. Go through them in the model's order, which is the same on all ranks.
+    """
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def to_local(tensor: Tensor) -> Tensor:

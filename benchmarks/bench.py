@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.contenders import Contender, Job, matmul, ours, plain, transformers, tutorial
 from model import ModelConfig
+from runtime.hardware import SLOW_BFLOAT16, slow_bfloat16
 
 SEQ_LEN, BATCH = 256, 16
 DTYPES = ["bfloat16", "float32"]
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each contender")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of one measurement")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all that this CPU computes at speed")
     parser.add_argument("--only", default="", help="of the ratios, those that have this in a name")
     arguments = parser.parse_args()
     commit = subprocess.run(
@@ -83,7 +84,10 @@ def main() -> None:
     result |= {"rounds": arguments.rounds, "steps": arguments.steps, "ratios": []}
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"{arguments.rounds} rounds of {arguments.steps} steps; times as fast as the other, median [least, most]")
-    for dtype in arguments.dtypes:
+    left_out = arguments.dtypes is None and slow_bfloat16(torch.device("cpu"))
+    if left_out:
+        print(f"bfloat16 is left out: {SLOW_BFLOAT16}")
+    for dtype in arguments.dtypes or (["float32"] if left_out else DTYPES):
         chosen = [
             (left, right, goals[dtype])
             for left, right, goals in RATIOS

@@ -22,6 +22,7 @@ import checkpoint
 import parallel
 from configs import OptimConfig
 from model import Llama, ModelConfig
+from runtime import ranks
 from train import make_optimizer
 
 ROUNDS, ROUND_STEPS = 5, 4
@@ -37,7 +38,7 @@ MODEL = ModelConfig(
 
 
 def main() -> None:
-    device = parallel.init_distributed()
+    device = ranks.init_distributed()
     config = parallel.ParallelConfig(tp=1)
     with torch.device("meta"):
         model = Llama(MODEL)
@@ -53,7 +54,7 @@ def main() -> None:
         optimizer.zero_grad()
 
     with tempfile.TemporaryDirectory() as folder:
-        (run_dir := Path(parallel.from_rank_0(folder))).joinpath("checkpoints").mkdir(exist_ok=True)
+        (run_dir := Path(ranks.broadcast(folder))).joinpath("checkpoints").mkdir(exist_ok=True)
         savers = {
             "sync": checkpoint.Saver(run_dir, checkpoint.CheckpointConfig(async_save=False)),
             "async": checkpoint.Saver(run_dir, checkpoint.CheckpointConfig(async_save=True)),

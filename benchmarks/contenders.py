@@ -30,12 +30,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import configs
-import parallel
 import train
 from configs import OptimConfig
 from model import Attention, Llama, ModelConfig, apply_rope, flops_per_token
-from monitor import peak_memory_gib
-from shutdown import Shutdown
+from runtime import ranks
+from runtime.monitor import peak_memory_gib
 
 LR = 1e-3
 WARM_UP_STEPS = 3  # compile, allocate
@@ -77,16 +76,7 @@ def loop(step: Callable[[], Any], pace: Callable[[], None]) -> None:
 
 
 def ours(job: Job, device: torch.device, folder: Path, pace: Callable[[], None]) -> None:
-    class PacedShutdown(Shutdown):
-        """All ranks come here once a step."""
-
-        def agreed(self, *args: Any, **kwargs: Any) -> bool:
-            stopping = super().agreed(*args, **kwargs)
-            pace()
-            return stopping
-
-    train.Shutdown = PacedShutdown
-    parallel.init_distributed()
+    ranks.init_distributed()
     shape = asdict(job.shape)
     shape.pop("rope_scaling")  # costs nothing in a step
     settings = {f"model.{key}": value for key, value in shape.items()} | {
@@ -104,7 +94,10 @@ def ours(job: Job, device: torch.device, folder: Path, pace: Callable[[], None])
         "parallel.timeout_seconds": 86400,  # others have their turn in between
         "run.dir": folder,
     }
-    train.train(configs.load([f"--{key}={configs.toml_value(value)}" for key, value in settings.items()]), device)
+    config = configs.load([f"--{key}={configs.toml_value(value)}" for key, value in settings.items()])
+    for kind, _ in train.train(config, device):
+        if kind == "line":  # one a step
+            pace()
 
 
 class TutorialAttention(Attention):
@@ -130,8 +123,9 @@ class TutorialLlama(Llama):
         x, length = self.model.embed_tokens(input_ids), input_ids.size(1)
         mask = torch.full((length, length), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         mask = mask.expand(input_ids.size(0), 1, length, length).contiguous()  # where padding would be marked
+        cos, sin = self.rope[:, :length]
         for block in self.model.layers:
-            x = block(x, self.rope_cos[:length], self.rope_sin[:length], mask)
+            x = block(x, cos, sin, mask)
         return self.lm_head(self.model.norm(x))
 
 
@@ -199,7 +193,7 @@ def transformers(job: Job, device: torch.device, folder: Path, pace: Callable[[]
 
 
 def plain(job: Job, device: torch.device, folder: Path, pace: Callable[[], None]) -> None:
-    parallel.tune_process()
+    ranks.tune_process()
     with device:
         model = Llama(job.shape)
     model.init_weights(0)

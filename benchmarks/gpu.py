@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import configs
 from benchmarks.contenders import Contender, Job, PaceWithMemory, matmul, ours, plain, transformers
-from monitor import peak_flops
+from runtime.monitor import peak_flops
 
 TURNS = {  # contender, compiled
     "ours": (ours, True),

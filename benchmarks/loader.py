@@ -13,17 +13,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
+from corpus import Corpus, load_corpus, tokenize_all
+from corpus.config import DataConfig
+from corpus.tokenizer import load_tokenizer
+from data import make_loader, permutation
 
 TOKENS_PER_SECOND, SEQ_LEN, ROWS, BATCHES = 100_000, 2048, 4, 60
 
 
-def measure(config: data.DataConfig, corpus: data.Corpus) -> tuple[float, float, float]:
+def measure(config: DataConfig, corpus: Corpus) -> tuple[float, float, float]:
     """Seconds to the first batch, then the mean seconds of one batch and their share."""
-    order = itertools.cycle(data.epoch_order(len(corpus.train), seed=0, epoch=0).tolist())
+    order = itertools.cycle(permutation(len(corpus.source.open(0)), 0, 0).tolist())
     batches = ([next(order) for _ in range(ROWS)] for _ in range(BATCHES + 1))
     start = time.perf_counter()
-    loader = iter(data.make_loader(corpus.train, batches, config.num_workers, torch.device("cpu")))
+    loader = iter(make_loader(corpus.source, batches, config.num_workers, torch.device("cpu")))
     next(loader)
     first, waited = time.perf_counter() - start, 0.0
     start = time.perf_counter()
@@ -38,9 +41,9 @@ def measure(config: data.DataConfig, corpus: data.Corpus) -> tuple[float, float,
 def main() -> None:
     print(f"{ROWS} rows of {SEQ_LEN} tokens a batch, {BATCHES} batches")
     for layout, num_workers in itertools.product(("pad", "pack"), (0, 2)):
-        config = data.DataConfig(seq_len=SEQ_LEN, layout=layout, num_workers=num_workers)
-        tokenizer = data.load_tokenizer(config)
-        corpus = data.load_corpus(config, tokenizer, *data.tokenize_all(config, tokenizer))
+        config = DataConfig(seq_len=SEQ_LEN, layout=layout, num_workers=num_workers)
+        tokenizer = load_tokenizer(config)
+        corpus = load_corpus(config, tokenizer, *tokenize_all(config, tokenizer))
         first, mean, share = measure(config, corpus)
         print(f"{layout:<4}  {num_workers} workers: {share:.2%} ({mean * 1e3:.2f} ms a batch; the first {first:.2f} s)")
 

@@ -16,7 +16,6 @@ The profiler takes time for each operator, so Python's share is an upper bound.
 """
 
 import argparse
-import contextlib
 import sys
 import tempfile
 from collections import Counter
@@ -33,7 +32,8 @@ import parallel
 from benchmarks.bench import BATCH, SEQ_LEN, SHAPE
 from benchmarks.contenders import Contender, Job, Pace, ours
 from model import SummedLoss
-from monitor import Meter
+from runtime.hardware import SLOW_BFLOAT16, slow_bfloat16
+from runtime.monitor import Meter
 
 MESHES = {"1 rank": (1, 1), "tp 2": (2, 2), "dp 2": (2, 1), "dp 2 x tp 2": (4, 2)}  # ranks, tp
 NAMES = {  # parts of an operator's name; the first that fits counts
@@ -71,10 +71,10 @@ def named(label: str, function: Callable) -> Callable:
 def name_ranges() -> None:
     loading, work = Meter.loading, torch._C._distributed_c10d.Work
 
-    @contextlib.contextmanager
-    def recorded_loading(meter: Meter) -> Iterator[None]:
-        with record_function("data"), loading(meter):
-            yield
+    def recorded_loading(meter: Meter, batches: Iterator[Any]) -> Iterator[Any]:
+        timed = loading(meter, batches)
+        while (batch := named("data", next)(timed, None)) is not None:
+            yield batch
 
     Meter.loading = recorded_loading
     work.wait = named("communication", work.wait)
@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
+    if arguments.dtype == "bfloat16" and slow_bfloat16(torch.device("cpu")):
+        sys.exit(f"bfloat16 is left out: {SLOW_BFLOAT16}")
     shares = {}
     for mesh, (ranks, tp) in MESHES.items():
         micro_batch = BATCH * tp // ranks

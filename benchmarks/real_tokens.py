@@ -13,27 +13,29 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import configs
-import data
+from corpus.tokenizer import load_tokenizer
+from corpus.tokens import TokenFiles, tokenize
+from data import Rows, Tokens
 
 
-def real_share(stream: data.TokenStream, seq_len: int, layout: str) -> float:
+def real_share(tokens: Tokens, seq_len: int, layout: str) -> float:
     """Real targets / computed positions, over all rows of all documents."""
-    every = np.arange(len(stream.document_starts) - 1)
-    rows = data.Rows(stream, every, seq_len, layout, pad=0, document_mask=False)
+    every = np.arange(len(tokens.document_starts) - 1)
+    rows = Rows(tokens, every, seq_len, layout, pad=0, document_mask=False)
     return rows.num_targets / (len(rows) * seq_len)
 
 
-def short_documents(count: int = 100_000, mean: int = 100) -> data.TokenStream:
-    """As much of a stream as `Rows` counts with; a document has at least BOS, EOS and a token between."""
+def short_documents(count: int = 100_000, mean: int = 100) -> Tokens:
+    """As much of the tokens as `Rows` counts with; a document has at least BOS, EOS and one between."""
     lengths = 2 + np.random.default_rng(0).geometric(1 / (mean - 2), count)
     return SimpleNamespace(document_starts=np.append(0, lengths.cumsum()), document_bytes=np.zeros(count, np.int64))
 
 
 def main() -> None:
     config = configs.load(sys.argv[1:]).data
-    stream = data.TokenStream(data.tokenize(config, data.load_tokenizer(config)))
+    tokens = TokenFiles(tokenize(config, load_tokenizer(config)))
     print("| documents | mean tokens | seq_len | pad | pack |\n| --- | --- | --- | --- | --- |")
-    for name, documents in ((config.dataset, stream), ("short", short_documents())):
+    for name, documents in ((config.dataset, tokens), ("short", short_documents())):
         for seq_len in (256, 2048, 8192):
             shares = [f"{real_share(documents, seq_len, layout):.1%}" for layout in ("pad", "pack")]
             mean = f"{np.diff(documents.document_starts).mean():,.0f}"

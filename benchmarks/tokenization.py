@@ -1,6 +1,6 @@
-"""Speed and memory of data.tokenize: `python benchmarks/tokenization.py`.
+"""Speed and memory of `corpus.tokens.tokenize`: `python benchmarks/tokenization.py`.
 
-Speed is the tokens per second of `data.write_tokens`, Arrow file included, against `encode_batch` of `tokenizers` on
+Speed is the tokens per second of `write_tokens`, Arrow file included, against `encode_batch` of `tokenizers` on
 the same texts, in turns. Memory is what a process holds beyond what it held before, while it tokenises a corpus that
 is larger, the same texts over and over. Pages of mapped files do not count: the kernel takes them back when it must.
 """
@@ -21,7 +21,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
+from corpus.config import DataConfig
+from corpus.sources import load_documents, stdlib_texts
+from corpus.tokenizer import load_tokenizer, special_tokens, without_rules
+from corpus.tokens import TokenFiles, tokenize, write_tokens
 
 ROUNDS, CORPUS_MIB = 7, 384
 
@@ -57,30 +60,30 @@ def tokenize_large(folder: str, tokenizer_json: str) -> None:
     datasets.config.HF_DATASETS_CACHE = Path(folder)
     corpus, size = Path(folder) / "corpus.jsonl", 0
     with corpus.open("w") as file:
-        texts, _ = data.stdlib_documents()
+        texts, _ = stdlib_texts()
         while size < CORPUS_MIB * 2**20:
             size += sum(file.write(json.dumps({"text": text}) + "\n") for text in texts)
-    config = data.DataConfig(dataset=str(corpus))
-    data.load_documents(config)  # `datasets` converts it, within a memory of its own
+    config = DataConfig(dataset=str(corpus))
+    load_documents(config)  # `datasets` converts it, within a memory of its own
     del texts
-    peak = peak_mib(lambda: data.tokenize(config, Tokenizer.from_str(tokenizer_json), show_progress=True))
+    peak = peak_mib(lambda: tokenize(config, Tokenizer.from_str(tokenizer_json), show_progress=True))
     print(f"memory             {peak:.0f} MiB at most for a corpus of {size / 2**20:.0f} MiB")
 
 
 def main() -> None:
-    texts, _ = data.stdlib_documents()
-    config = data.DataConfig()
-    tokenizer = data.load_tokenizer(config)
-    special = data.special_tokens(tokenizer, config)
-    plain = data.without_rules(tokenizer, special)
+    texts, _ = stdlib_texts()
+    config = DataConfig()
+    tokenizer = load_tokenizer(config)
+    special = special_tokens(tokenizer, config)
+    plain = without_rules(tokenizer, special)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.arrow"
         ours, theirs = [], []
         for _ in tqdm(range(ROUNDS), desc="rounds", leave=False):
-            ours.append(seconds(lambda: data.write_tokens(path, texts, plain, special)))
+            ours.append(seconds(lambda: write_tokens(path, texts, plain, special)))
             theirs.append(seconds(lambda: plain.encode_batch(texts, add_special_tokens=False)))
-        tokens = int(data.TokenStream([path]).document_starts[-1])
-        for name, times in (("data.write_tokens", ours), ("encode_batch", theirs)):
+        tokens = int(TokenFiles([path]).document_starts[-1])
+        for name, times in (("write_tokens", ours), ("encode_batch", theirs)):
             low, middle, high = (tokens / t / 1e6 for t in (max(times), statistics.median(times), min(times)))
             print(f"{name:<18} {middle:.2f} million tokens/s ({low:.2f} to {high:.2f}), {ROUNDS} rounds in turns")
         ratios = [their / our for our, their in zip(ours, theirs, strict=True)]

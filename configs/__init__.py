@@ -2,17 +2,23 @@
 
     train.py [CONFIG.toml] [--section.key=value ...]      without CONFIG it is configs/quickstart.toml
 
-The dataclass that configures a module lives in that module; this file puts them together, reads the file and the
-command line, and checks everything at once, before any process group, download or model exists.
+The dataclass that configures a module lives in that module. A field says what it means and where its bounds are, as
+plain data: `Annotated[int, "meaning", (">=", 1)]`. This file puts the sections together, reads the file and the command
+line, and checks everything at once, before any process group, download or model exists: first each value by itself,
+then the rules that tie values together.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
 import math
+import operator
+import os
 import textwrap
 import tomllib
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,9 +26,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import torch
 
 from checkpoint import CheckpointConfig
-from data import DataConfig
-from model import ModelConfig
-from parallel import ParallelConfig, local_world_size, mesh_errors, resolve_tp, world_size
+from corpus.config import DataConfig
+from model import ModelConfig, needs_mask
+from parallel import ParallelConfig
+from runtime import ranks
 
 QUICKSTART = Path(__file__).parent / "quickstart.toml"
 USAGE = "usage: [torchrun ...] train.py [CONFIG.toml] [--section.key=value ...]"
@@ -30,31 +37,33 @@ USAGE = "usage: [torchrun ...] train.py [CONFIG.toml] [--section.key=value ...]"
 
 @dataclass
 class OptimConfig:
-    """AdamW (arXiv:1711.05101) with linear warm-up and cosine decay."""
+    """AdamW (arXiv:1711.05101) and the schedule of its learning rate: linear warm-up, then a cosine."""
 
-    lr: Annotated[float, "highest learning rate, reached at warmup_steps"] = 1e-3
-    min_lr_ratio: Annotated[float, "learning rate of the last step, as a share of lr"] = 0.1
-    warmup_steps: Annotated[int, "steps of linear warm-up"] = 100
-    betas: Annotated[tuple[float, float], "decay of AdamW's two moments"] = (0.9, 0.95)
-    eps: Annotated[float, "AdamW's epsilon"] = 1e-8
-    weight_decay: Annotated[float, "on matrices only"] = 0.1
-    grad_clip: Annotated[float, "largest norm of the whole gradient; 0 = never clip"] = 1.0
+    lr: Annotated[float, "highest learning rate, reached at warmup_steps", (">", 0)] = 1e-3
+    min_lr_ratio: Annotated[float, "learning rate of the last step, as a share of lr", (">=", 0), ("<=", 1)] = 0.1
+    warmup_steps: Annotated[int, "steps of linear warm-up", (">=", 0)] = 100
+    betas: Annotated[tuple[float, float], "decay of AdamW's two moments", (">=", 0), ("<", 1)] = (0.9, 0.95)
+    eps: Annotated[float, "AdamW's epsilon", (">", 0)] = 1e-8
+    weight_decay: Annotated[float, "on matrices only", (">=", 0)] = 0.1
+    grad_clip: Annotated[float, "largest norm of the whole gradient; 0 = never clip", (">=", 0)] = 1.0
 
 
 @dataclass
 class TrainConfig:
     """How long, how much at a time, and what is reported."""
 
-    steps: Annotated[int, "optimizer steps; 0 = epochs decides"] = 0
-    epochs: Annotated[int, "passes over the training rows, when steps is 0"] = 1
-    global_batch_size: Annotated[int, "rows of one optimizer step, over all ranks"] = 16
-    micro_batch_size: Annotated[int, "rows of one forward pass of one rank"] = 8
+    steps: Annotated[int, "optimizer steps; 0 = epochs decides", (">=", 0)] = 0
+    epochs: Annotated[int, "passes over the training rows, when steps is 0", (">=", 1)] = 1
+    global_batch_size: Annotated[int, "rows of one optimizer step, over all ranks", (">=", 1)] = 16
+    micro_batch_size: Annotated[int, "rows of one forward pass of one rank", (">=", 1)] = 8
     seed: Annotated[int, "of the initial weights and of the order of the data"] = 0
     deterministic: Annotated[bool, "only deterministic GPU kernels: slower, and resuming is exact to the bit"] = False
-    max_skipped_steps: Annotated[int, "non-finite steps in a row that are skipped; one more ends the run"] = 10
-    log_every: Annotated[int, "steps between lines in metrics.jsonl"] = 1
-    eval_every: Annotated[int, "steps between evaluations; 0 = only at the end"] = 0
-    eval_batches: Annotated[int, "global batches of one evaluation; 0 = all"] = 0
+    max_skipped_steps: Annotated[
+        int, "non-finite steps in a row that are skipped; one more ends the run", (">=", 0)
+    ] = 10
+    log_every: Annotated[int, "steps between lines in metrics.jsonl", (">=", 1)] = 1
+    eval_every: Annotated[int, "steps between evaluations; 0 = only at the end", (">=", 0)] = 0
+    eval_batches: Annotated[int, "global batches of one evaluation; 0 = all", (">=", 0)] = 0
 
 
 @dataclass
@@ -82,11 +91,11 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-class ConfigError(ValueError):
+class ConfigError(ranks.UserError):
     """Everything that is wrong with a configuration, a line each."""
 
 
-SECTIONS = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+SECTIONS: dict[str, Any] = get_type_hints(Config)
 HINTS = {
     f"{section}.{key}": hint
     for section, schema in SECTIONS.items()
@@ -97,6 +106,19 @@ HINTS = {
 def flatten(config: Config) -> dict[str, Any]:
     """{"section.key": value}"""
     return {f"{s}.{key}": value for s, section in dataclasses.asdict(config).items() for key, value in section.items()}
+
+
+def defaults() -> dict[str, Any]:
+    """{"section.key": default}, as the dataclasses state it and `--help` prints it: a 0 or "" is not yet resolved.
+
+    What an older record of a run lacks had this value. (All keys that `load` and `settle` resolve are in every record.)
+    """
+    found = {}
+    for section, schema in SECTIONS.items():
+        for entry in dataclasses.fields(schema):
+            factory = entry.default_factory
+            found[f"{section}.{entry.name}"] = entry.default if factory is dataclasses.MISSING else factory()
+    return found
 
 
 def toml_value(value: Any) -> str:
@@ -155,7 +177,7 @@ def convert(value: Any, hint: Any) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
-    if isinstance(hint, type) and type(value) is hint and (hint is not float or math.isfinite(value)):
+    if type(value) is hint and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     raise ValueError
 
@@ -188,8 +210,8 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], Path, list[str]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         near = [toml for toml in path.parent.glob("*.toml") if toml.name != "pyproject.toml"]
-        near = ", ".join(sorted(map(str, near or QUICKSTART.parent.glob("*.toml"))))
-        errors.append(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}): name a file: {near}")
+        names = ", ".join(sorted(map(str, near or QUICKSTART.parent.glob("*.toml"))))
+        errors.append(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}): name a file: {names}")
         tables = {}
     except tomllib.TOMLDecodeError as error:
         errors.append(f"{path}: not valid TOML: {error}")
@@ -212,151 +234,189 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], Path, list[str]]:
     return values, path, errors
 
 
-def load(arguments: list[str]) -> Config:
+def load(arguments: list[str], world: int | None = None, local_world: int | None = None) -> Config:
     """The checked and resolved configuration; ConfigError names everything that is wrong, at once.
 
     Resolved are `run.dir`, `parallel.tp`, `model.head_dim` and `model.max_position_embeddings`; `model.vocab_size` = 0
-    waits for the tokenizer.
+    waits for the tokenizer and `train.steps` = 0 for the data (see `settle`).
+
+    It is for the ranks that torchrun has started, and then this node's GPUs have a say; or for `world` ranks, of which
+    `local_world` share a node, wherever those are.
     """
+    is_here = world is None
+    if world is None:
+        world, local_world = ranks.world_size(), local_world or ranks.local_world_size()
+    local_world = local_world or world
     values, path, errors = read(arguments)
-    good = {}
+    good, sections = {}, {section: {} for section in SECTIONS}
     for name, value in values.items():
-        if name not in HINTS:
-            errors.append(f"{name}: there is no such key: {nearest_key(name)}")
-            continue
         try:
-            good[name] = convert(value, HINTS[name])
-        except ValueError:
-            errors.append(f"{name}={value!r} has the wrong type: it takes {type_name(HINTS[name])}")
-    sections = {
-        section: {name.split(".")[1]: value for name, value in good.items() if name.startswith(section + ".")}
-        for section in SECTIONS
-    }
-    config = Config(**{section: SECTIONS[section](**keys) for section, keys in sections.items()})
-    model, train = config.model, config.train
-    if not sections["model"].get("head_dim") and model.hidden_size % max(1, model.num_attention_heads):
-        errors.append(
-            f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads="
-            f"{model.num_attention_heads}: use a multiple of it, or set model.head_dim"
-        )
-    model.max_position_embeddings = model.max_position_embeddings or config.data.seq_len
+            section, _, key = name.partition(".")
+            good[name] = sections[section][key] = check_value(name, value)
+        except ValueError as error:
+            errors.append(str(error))
+    config = Config(**{section: schema(**sections[section]) for section, schema in SECTIONS.items()})
+    config.model.max_position_embeddings = config.model.max_position_embeddings or config.data.seq_len
     config.run.dir = config.run.dir or f"runs/{path.stem}"
-    errors += range_errors(config)
-    world = world_size()
-    config.parallel.tp = resolve_tp(config.parallel, model, config.data.seq_len, local_world_size(), world)
-    wrong_mesh = mesh_errors(config.parallel, model, config.data.seq_len, world)
-    errors += wrong_mesh
-    if not wrong_mesh and train.global_batch_size > 0 and train.micro_batch_size > 0:
-        errors += batch_errors(train, world // config.parallel.tp)
-    if torch.cuda.is_available() and local_world_size() > torch.cuda.device_count():
-        errors.append(
-            f"{local_world_size()} processes on this node but {torch.cuda.device_count()} GPUs: "
-            f"use torchrun --nproc_per_node={torch.cuda.device_count()}, or CUDA_VISIBLE_DEVICES= for the CPU"
-        )
+    tp = largest_tp(config, world, local_world) if config.parallel.tp == "auto" else config.parallel.tp
+    config.parallel.tp = tp
+    broken = [*model_rules(config, good), *data_rules(config), *run_rules(config)]
+    if is_here and torch.cuda.is_available():
+        broken += gpu_rules(config, local_world)
+    broken += (wrong_mesh := mesh_errors(config, tp, world))
+    bad = (values.keys() & HINTS.keys()) - good.keys()
+    if not wrong_mesh and "parallel.tp" not in bad:
+        broken += batch_errors(config.train, world // tp)
+    # In place of a bad value stands its default, of which no message must speak.
+    errors += [error for error in broken if not any(f"{name}=" in error for name in bad)]
     if errors:
         raise ConfigError("\n".join(errors))
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
+def settle(config: Config, vocabulary: int, num_rows: int | None) -> Config:
+    """A copy with vocab_size and steps as the data decide them. Raises UserError if the data do not fit.
 
-
-def range_errors(config: Config) -> list[str]:
-    """Rules of single sections: value, rule, remedy."""
-    model, data, optim, train = config.model, config.data, config.optim, config.train
-    values, errors = flatten(config), []
-    at_least = dict.fromkeys(
-        ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1
-    )
-    at_least = {f"model.{key}": low for key, low in at_least.items()} | {
-        "model.vocab_size": 0,
-        "model.head_dim": 1,
-        "parallel.timeout_seconds": 1,
-        "data.seq_len": 1,
-        "data.num_workers": 0,
-        "data.stream_files": 1,
-        "data.tokenizer_train_mib": 1,
-        "optim.warmup_steps": 0,
-        "optim.weight_decay": 0,
-        "optim.grad_clip": 0,
-        "train.steps": 0,
-        "train.epochs": 1,
-        "train.global_batch_size": 1,
-        "train.micro_batch_size": 1,
-        "train.max_skipped_steps": 0,
-        "train.log_every": 1,
-        "train.eval_every": 0,
-        "train.eval_batches": 0,
-        "checkpoint.every": 0,
-        "checkpoint.keep": 1,
-    }
-    errors += [f"{key}={values[key]} is below {low}" for key, low in at_least.items() if values[key] < low]
-    positive = ("model.rope_theta", "model.rms_norm_eps", "model.initializer_range", "optim.lr", "optim.eps")
-    errors += [f"{key}={values[key]} is not above 0" for key in positive if not values[key] > 0]
-    if model.num_key_value_heads > 0 and model.num_attention_heads % model.num_key_value_heads:
-        divisors = [n for n in range(1, model.num_attention_heads + 1) if model.num_attention_heads % n == 0]
-        errors.append(
-            f"model.num_key_value_heads={model.num_key_value_heads} does not divide model.num_attention_heads="
-            f"{model.num_attention_heads}: use one of {divisors}"
+    `vocabulary` is the tokenizer's. `num_rows` of training is None when streaming: then train.steps is given.
+    """
+    config = copy.deepcopy(config)
+    model, train = config.model, config.train
+    enough = math.ceil(vocabulary / 128) * 128
+    model.vocab_size = model.vocab_size or enough
+    if vocabulary > model.vocab_size:
+        raise ranks.UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {vocabulary} tokens: "
+            f"raise it to {enough}, or set it to 0 (the tokenizer's)"
         )
-    errors += rope_scaling_errors(model.rope_scaling)
+    if num_rows is None:
+        return config
+    steps_per_epoch = num_rows // train.global_batch_size
+    if steps_per_epoch == 0:
+        raise ranks.UserError(
+            f"data.dataset={config.data.dataset} has {num_rows} training rows, fewer than "
+            f"train.global_batch_size={train.global_batch_size}: lower it or add documents"
+        )
+    train.steps = train.steps or train.epochs * steps_per_epoch
+    if config.optim.warmup_steps > train.steps:
+        raise ranks.UserError(warmup_error(config.optim.warmup_steps, train.steps))
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single values. A bound behind a field's meaning is (">=", 1), (">", 0), ("<", 1) or ("<=", 1), a lower one first
+
+HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+BROKEN = {">=": "is below", ">": "is not above", "<=": "is above", "<": "is not below"}
+
+
+def bounds_of(name: str) -> tuple[tuple[str, float], ...]:
+    return HINTS[name].__metadata__[1:]
+
+
+def interval(bounds: tuple[tuple[str, float], ...]) -> str:
+    """As in "[0, 1)"."""
+    (lower, low), (upper, high) = bounds
+    return f"{'[' if lower == '>=' else '('}{low}, {high}{']' if upper == '<=' else ')'}"
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The value, by the type and the bounds of its field, or ValueError. A word in a number's place has no bounds."""
+    if name not in HINTS:
+        raise ValueError(f"{name}: there is no such key: {nearest_key(name)}")
+    try:
+        value, bounds = convert(value, HINTS[name]), bounds_of(name)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} has the wrong type: it takes {type_name(HINTS[name])}") from error
+    for number in value if isinstance(value, list | tuple) else [value]:
+        for sign, limit in bounds if type(number) in (int, float) else ():
+            if not HOLDS[sign](number, limit):
+                broken = f"{BROKEN[sign]} {limit}" if len(bounds) == 1 else f"is outside {interval(bounds)}"
+                raise ValueError(f"{name}={number} {broken}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules that tie values together: value, rule, remedy. They see values that are good by themselves.
+
+
+def model_rules(config: Config, given: dict[str, Any]) -> Iterator[str]:
+    """`given` has what the user has set."""
+    model, seq_len = config.model, config.data.seq_len
+    if not given.get("model.head_dim") and model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads="
+            f"{model.num_attention_heads}: use a multiple of it, or set model.head_dim"
+        )
+    if model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"model.num_key_value_heads={model.num_key_value_heads} does not divide model.num_attention_heads="
+            f"{model.num_attention_heads}: use one of {divisors(model.num_attention_heads)}"
+        )
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if (scaling := model.rope_scaling) and not (
+        set(scaling) == {"rope_type", *numbers}
+        and scaling["rope_type"] == "llama3"
+        and all(type(scaling[key]) in (int, float) and 0 < scaling[key] < math.inf for key in numbers)
+        and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+    ):
+        yield (
+            f'model.rope_scaling={toml_value(scaling)} is not Llama 3\'s: it takes rope_type = "llama3" and, above 0, '
+            f"{', '.join(numbers)}, with low_freq_factor < high_freq_factor"
+        )
     if model.head_dim % 2:
-        errors.append(f"model.head_dim={model.head_dim} is odd: RoPE rotates pairs, so it must be even")
-    if model.max_position_embeddings < data.seq_len:
-        errors.append(
-            f"data.seq_len={data.seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}: "
+        yield f"model.head_dim={model.head_dim} is odd: RoPE rotates pairs, so it must be even"
+    if model.max_position_embeddings < seq_len:
+        yield (
+            f"data.seq_len={seq_len} is more than model.max_position_embeddings={model.max_position_embeddings}: "
             "lower the one or raise the other (0 = seq_len)"
         )
+
+
+def data_rules(config: Config) -> Iterator[str]:
+    model, data = config.model, config.data
     if data.document_mask and data.layout == "pad":
-        errors.append(
+        yield (
             'data.document_mask=true with data.layout="pad": a padded row holds one document, which is exact as it is: '
             'leave it out, or use data.layout="pack"'
         )
-    if data.document_mask and model.head_dim < 16 and torch.cuda.is_available():
-        errors.append(
-            f"model.head_dim={model.head_dim} is below 16, which FlexAttention needs on a GPU: widen the heads, or use "
-            "data.document_mask=false"
-        )
     if data.tokenizer == "train" and data.tokenizer_vocab_size < 258:
-        errors.append(f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is below 258: 256 bytes, BOS and EOS")
+        yield f"data.tokenizer_vocab_size={data.tokenizer_vocab_size} is below 258: 256 bytes, BOS and EOS"
     if data.tokenizer == "train" and 0 < model.vocab_size < data.tokenizer_vocab_size:
-        errors.append(
+        yield (
             f"model.vocab_size={model.vocab_size} is smaller than data.tokenizer_vocab_size="
             f"{data.tokenizer_vocab_size}: raise it, or set it to 0 (the tokenizer's)"
         )
     if data.streaming and data.dataset == "stdlib":
-        errors.append('data.streaming=true reads files, and data.dataset="stdlib" is none: set it to false')
-    if data.streaming and train.steps == 0:
-        errors.append("train.steps=0 with data.streaming=true: how long an epoch is, is not known; give the steps")
-    shares = [("data.val_fraction", data.val_fraction), *(("optim.betas", beta) for beta in optim.betas)]
-    errors += [f"{key}={share} is outside [0, 1)" for key, share in shares if not 0 <= share < 1]
-    if not 0 <= optim.min_lr_ratio <= 1:
-        errors.append(f"optim.min_lr_ratio={optim.min_lr_ratio} is outside [0, 1]")
-    if 0 < train.steps < optim.warmup_steps:
-        errors.append(warmup_error(optim.warmup_steps, train.steps))
-    if not 0 < len(config.run.wandb_project) <= 128 or set(config.run.wandb_project) & set("/\\#?%:"):
-        errors.append(f"run.wandb_project={config.run.wandb_project!r}: 1 to 128 characters, none of / \\ # ? % :")
-    if config.run.profile_steps:
-        first, *last = config.run.profile_steps
+        yield 'data.streaming=true reads files, and data.dataset="stdlib" is none: set it to false'
+    if data.streaming and config.train.steps == 0:
+        yield "train.steps=0 with data.streaming=true: how long an epoch is, is not known; give the steps"
+
+
+def run_rules(config: Config) -> Iterator[str]:
+    run, steps, warmup_steps = config.run, config.train.steps, config.optim.warmup_steps
+    if 0 < steps < warmup_steps:
+        yield warmup_error(warmup_steps, steps)
+    if not 0 < len(run.wandb_project) <= 128 or set(run.wandb_project) & set("/\\#?%:"):
+        yield f"run.wandb_project={run.wandb_project!r}: 1 to 128 characters, none of / \\ # ? % :"
+    if run.profile_steps:
+        first, *last = run.profile_steps
         if len(last) != 1 or not 1 <= first <= last[0]:
-            errors.append(f"run.profile_steps={config.run.profile_steps} is not [first, last] with 1 <= first <= last")
-    return errors
+            yield f"run.profile_steps={run.profile_steps} is not [first, last] with 1 <= first <= last"
 
 
-def rope_scaling_errors(scaling: dict[str, Any]) -> list[str]:
-    """Either nothing, or what Llama 3 checkpoints carry."""
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if not scaling:
-        return []
-    whole = set(scaling) == {"rope_type", *numbers} and scaling["rope_type"] == "llama3"
-    positive = whole and all(type(scaling[key]) in (int, float) and 0 < scaling[key] < math.inf for key in numbers)
-    if positive and scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        return []
-    return [
-        f'model.rope_scaling={toml_value(scaling)} is not Llama 3\'s: it takes rope_type = "llama3" and, above 0, '
-        f"{', '.join(numbers)}, with low_freq_factor < high_freq_factor"
-    ]
+def gpu_rules(config: Config, local_world: int) -> Iterator[str]:
+    """What the GPUs of this node ask for."""
+    count, document_mask = torch.cuda.device_count(), config.data.document_mask
+    if local_world > count:
+        yield (
+            f"{local_world} processes on this node but {count} GPUs: use torchrun --nproc_per_node={count}, or "
+            "CUDA_VISIBLE_DEVICES= for the CPU"
+        )
+    if config.model.head_dim < 16 and needs_mask(config.model, document_mask):
+        yield (
+            f"model.head_dim={config.model.head_dim} is below 16, which FlexAttention needs on a GPU: widen the heads"
+            + ", or use data.document_mask=false" * document_mask
+        )
 
 
 def warmup_error(warmup_steps: int, steps: int) -> str:
@@ -368,7 +428,7 @@ def batch_errors(train: TrainConfig, dp: int) -> list[str]:
     rows = train.micro_batch_size * dp
     if train.global_batch_size % rows == 0:
         return []
-    works = [n for n in range(1, train.global_batch_size + 1) if train.global_batch_size % (n * dp) == 0]
+    works = divisors(train.global_batch_size // dp) if train.global_batch_size % dp == 0 else []
     remedy = f"a micro_batch_size in {{{', '.join(map(str, works))}}} or " if works else ""
     return [
         f"train.global_batch_size={train.global_batch_size} is not divisible by train.micro_batch_size="
@@ -376,15 +436,74 @@ def batch_errors(train: TrainConfig, dp: int) -> list[str]:
     ]
 
 
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mesh: checked with the rest, because a length that tp does not divide hangs instead of failing
+
+
+def divided_by_tp(config: Config) -> dict[str, int]:
+    """What tp must divide; not the kv heads (`parallel.ReplicatedKV`). A vocab_size of 0 becomes a multiple of 128."""
+    return {
+        "model.num_attention_heads": config.model.num_attention_heads,
+        "model.hidden_size": config.model.hidden_size,
+        "model.intermediate_size": config.model.intermediate_size,
+        "model.vocab_size": config.model.vocab_size or 128,
+        "data.seq_len": config.data.seq_len,
+    }
+
+
+def largest_tp(config: Config, world: int, local_world: int) -> int:
+    """What "auto" stands for: the largest divisor of the node's ranks that passes every rule.
+
+    On a single node of 4 ranks or more at most half of them, so that the mesh is 2-D.
+    """
+    most = local_world // 2 if world == local_world >= 4 else local_world
+    candidates = [tp for tp in divisors(local_world) if tp <= most]
+    return max((tp for tp in candidates if not mesh_errors(config, tp, world)), default=1)
+
+
+def mesh_errors(config: Config, tp: int, world: int) -> list[str]:
+    """Each rule that `world` ranks in groups of `tp` would violate."""
+    rules = {"the number of processes": world} | divided_by_tp(config)
+    shown = {} if config.model.vocab_size else {"model.vocab_size": "0, which will be a multiple of 128,"}
+    works = [n for n in range(1, world + 1) if all(value % n == 0 for value in rules.values())]
+    errors = [
+        f"{name}={shown.get(name, value)} is not divisible by parallel.tp={tp}: "
+        f"use tp in {{{', '.join(map(str, works))}}} or a multiple of {tp} for {name}"
+        for name, value in rules.items()
+        if value % tp != 0
+    ]
+    dp, replicas = world // tp, config.parallel.dp_replicate
+    if world % tp == 0 and dp % replicas != 0:
+        errors.append(
+            f"parallel.dp_replicate={replicas} does not divide the {dp} data-parallel ranks "
+            f"({world} processes / tp={tp}): use one of {{{', '.join(map(str, divisors(dp)))}}}"
+        )
+    return errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def help_text() -> str:
-    """Every key with its type, default and meaning."""
+    """Every key with its type, bounds, default and meaning."""
     lines = [USAGE, "", "Defaults < CONFIG.toml < command line. Lists are TOML arrays: --optim.betas=[0.9,0.99]"]
-    defaults = flatten(Config())
-    for section in SECTIONS:
-        lines += ["", f"[{section}]"]
-        for name, hint in HINTS.items():
-            if name.startswith(section + "."):
-                default = "0" if name == "model.head_dim" else json.dumps(defaults[name])
-                lines.append(f"  --{name}={default}  ({type_name(hint)})")
-                lines += textwrap.wrap(get_args(hint)[1], 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    for name, default in defaults().items():
+        section, meaning, bounds = name.split(".")[0], HINTS[name].__metadata__[0], bounds_of(name)
+        if (heading := f"[{section}]") not in lines:
+            lines += ["", heading]
+        takes = type_name(HINTS[name])
+        if bounds:
+            takes += f", in {interval(bounds)}" if len(bounds) == 2 else f", {bounds[0][0]} {bounds[0][1]}"
+        lines.append(f"  --{name}={json.dumps(default)}  ({takes})")
+        lines += textwrap.wrap(meaning, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
+
+
+def print_help() -> None:
+    """Once, also where torchrun starts many processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(help_text())

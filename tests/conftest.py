@@ -5,7 +5,7 @@ import json
 import os
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import parallel
+from runtime import ranks as runtime_ranks
 
 MOST_RANKS = 4
 MOST_GROUPS = 32  # gloo never ends the network threads of a process group that is gone, and some of them spin
@@ -22,12 +22,67 @@ MOST_GROUPS = 32  # gloo never ends the network threads of a process group that 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=8, help="how often test_kill.py kills a run (default: 8)")
+    parser.addoption(
+        "--override", action="append", default=[], metavar="SECTION.KEY=VALUE", help="run every law with this key set"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --override: the laws hold with a fork's keys too
+
+
+class Overrides:
+    """The keys of `--override`. A law gives them to its runs; one that no law has read is an error."""
+
+    def __init__(self, arguments: list[str]):
+        self.values: dict[str, Any] = {}
+        for argument in arguments:
+            import configs  # not in every process of `ranks`
+
+            name, _, text = argument.partition("=")
+            self.values[name] = configs.check_value(name, configs.parse_argument(text, configs.HINTS.get(name, str)))
+        self.unread = set(self.values)
+
+    def beside(self, own: Iterable[str] = (), only: str = "") -> dict[str, Any]:
+        """Those that a law does not set itself, if `only` starts their names."""
+        found = {key: value for key, value in self.values.items() if key not in own and key.startswith(only)}
+        self.unread -= set(found)
+        return found
+
+
+OVERRIDES = pytest.StashKey[Overrides]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[OVERRIDES] = Overrides(config.option.override)
+    except ValueError as error:
+        raise pytest.UsageError(f"--override {error}") from error
+
+
+@pytest.fixture(scope="session")
+def overrides(request: pytest.FixtureRequest) -> Overrides:
+    return request.config.stash[OVERRIDES]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.stash[OVERRIDES].unread and not session.config.option.collectonly:
+        session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name in sorted(config.stash[OVERRIDES].unread):
+        terminalreporter.write_line(f"ERROR: --override {name} was read by no law", red=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
 
 
 def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
     torch.set_num_threads(1)
-    parallel.tune_process()
+    runtime_ranks.tune_process()
     while (task := pipe.recv()) is not None:
         function, world, (port, name), arguments = task
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}

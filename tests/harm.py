@@ -1,7 +1,6 @@
 """What can happen to a run directory: flipped bits, files cut off, full disks, checkpoints of strangers."""
 
 import contextlib
-import json
 import os
 import pickle
 import resource
@@ -14,6 +13,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import checkpoint
+from runtime.storage import MetadataUnpickler
 
 
 def flip(path: Path) -> None:
@@ -71,11 +71,6 @@ def own_disk(folder: Path, most_bytes: int) -> Iterator[bool]:
 # Checkpoints of strangers
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """state.json with a checksum that fits."""
-    (path / "state.json").write_text(json.dumps({**state, "crc32": checkpoint.state_checksum(state)}))
-
-
 class Bomb:
     """What, unpickled, calls a function."""
 
@@ -91,12 +86,12 @@ def plant(path: Path, metadata: object) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     state = checkpoint.read_state(path)
     state["files"] = {name: checkpoint.checksum(path / name) for name in state["files"]}
-    write_state(path, state)
+    checkpoint.write_state(path, state)
 
 
 def metadata_of(path: Path) -> Any:
     with (path / ".metadata").open("rb") as file:
-        return checkpoint.MetadataUnpickler(file).load()
+        return MetadataUnpickler(file).load()
 
 
 def plant_bomb(path: Path, marker: Path) -> None:
@@ -118,3 +113,12 @@ def plant_bytes(path: Path, marker: Path) -> None:
     metadata.storage_data[type(index)(name)] = type(info)(info.relative_path, info.offset, len(bomb))
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
     plant(path, metadata)
+
+
+def pretend(run_dir: Path, *steps: int, prefix: str = "step_") -> list[Path]:
+    """Directories that look like checkpoints."""
+    paths = [run_dir / "checkpoints" / f"{prefix}{step:08d}" for step in steps]
+    for path, step in zip(paths, steps, strict=True):
+        path.mkdir(parents=True)
+        checkpoint.write_state(path, {"step": step, "identity": {}, "files": {}})
+    return paths

@@ -6,10 +6,11 @@ WHAT                                               WHERE: the NUMBERth call in t
            signal handlers included                  catch-up     of the model, in one before the first step
   nap4     sleep 4 seconds                           save         of what writes a checkpoint
                                                      set-up       of the process group
+                                                     together     of what all ranks do together, in training
   wait     touch `waiting-<rank>` in the working     step         NUMBER is the step, just before the weights change
            directory until there is a file `go`
 
-Whenever a signal has been handled, there is a file `signalled-<rank>`.
+Whenever a signal has been handled, there is a file `signalled-<rank>`; before an error, `failed-<rank>`.
 """
 
 import ctypes
@@ -28,9 +29,8 @@ import torch
 
 import checkpoint
 import model
-import parallel
-import shutdown
 import train
+from runtime import monitor, ranks, shutdown
 
 RANK = os.environ.get("RANK", "0")
 calls = Counter()
@@ -38,6 +38,7 @@ calls = Counter()
 
 def misbehave(what: str) -> None:
     if what == "raise":
+        Path(f"failed-{RANK}").touch()
         raise RuntimeError(f"sabotage on rank {RANK}")
     while what == "hang":
         ctypes.PyDLL(None).sleep(100_000)  # a signal ends it early
@@ -78,7 +79,8 @@ def main() -> None:
             faults[where] = what
     sabotage(model.Llama, "forward", kind_of_forward, faults)
     sabotage(checkpoint.Saver, "write", lambda *_: "save", faults)
-    sabotage(parallel, "init_distributed", lambda: "set-up", faults)
+    sabotage(ranks, "init_distributed", lambda *_: "set-up", faults)
+    sabotage(monitor.Monitor, "check", lambda *_: "together", faults)
     sabotage(train, "learning_rate", lambda step, *_: f"step={step}", faults)
     handle = shutdown.Shutdown.on_signal
 

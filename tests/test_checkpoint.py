@@ -26,20 +26,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from harm import Bomb, flip, halve, plant_bomb, plant_bytes, quota, write_state
+from harm import Bomb, flip, halve, plant_bomb, plant_bytes, pretend, quota
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 import checkpoint
 import configs
-import data
 import generate
 import parallel
 import train
 from checkpoint import CheckpointConfig, Saver
 from configs import Config, OptimConfig
+from corpus.tokenizer import train_tokenizer
 from model import Llama, ModelConfig
+from runtime import rundir
+from runtime.ranks import UserError
+from runtime.storage import MetadataUnpickler
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -98,7 +101,7 @@ def train_and_save(
     trainee = Trainee(tp, tied)
     trainee.advance(3)
     if dist.get_rank() == 0:
-        checkpoint.prepare_run(run_dir, configs.to_toml(Config(model=shape(tied))), tokenizer, 1, [])
+        rundir.prepare_run(run_dir, configs.to_toml(Config(model=shape(tied))), tokenizer, None, [])
     dist.barrier()
     saver = Saver(run_dir, CheckpointConfig(async_save=async_save))
     saver.save(3, trainee.model, trainee.optimizer, STATE)
@@ -160,7 +163,7 @@ def save_under_power_cuts(run_dir: Path, async_save: bool) -> list[tuple[str, in
     After each cut every checkpoint loads; returns the newest one's name and the step that its state.json claims.
     """
     trainee, survivors = Trainee(tp=1), []
-    checkpoint.prepare_run(run_dir, "", "", 1, [])
+    rundir.prepare_run(run_dir, "", "", None, [])
 
     def save(step: int) -> None:
         saver = Saver(run_dir, CheckpointConfig(keep=1, async_save=async_save))
@@ -184,7 +187,7 @@ def save_under_power_cuts(run_dir: Path, async_save: bool) -> list[tuple[str, in
             checkpoint.load(path, trainee.model, trainee.optimizer)
             step = checkpoint.read_state(path)["step"]
             assert_equal(trainee.values(), {2 * cut: before, 2 * cut + 1: after}[step])
-        checkpoint.prepare_run(run_dir, "", "", 1, [])
+        rundir.prepare_run(run_dir, "", "", None, [])
         left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         assert left[-1] == path.name and all(name.startswith("step_") for name in left)
         survivors.append((path.name, step))
@@ -219,11 +222,11 @@ def train_during_a_save(run_dir: Path, tp: int) -> tuple[dict, dict, list[str]]:
         trainee.advance(2)
         state["tokens"] = -1
         later = trainee.values()
-        assert not saver.pending.done() and not saver.failed()
+        assert saver.writing() and not saver.problems()
         seen = [path.name for path in (run_dir / "checkpoints").iterdir()]
         go()
         saver.wait()
-    assert saver.pending.done() and not saver.failed()
+    assert not saver.writing() and not saver.problems()
     return saved, later, seen
 
 
@@ -285,14 +288,14 @@ def fill_the_disk_of_one_rank(run_dir: Path, full_rank: int, async_save: bool) -
         try:
             saver.save(2, trainee.model, trainee.optimizer, STATE)
             deadline = time.monotonic() + 60
-            while not saver.failed():  # it is known before anybody asks for the result
+            while not saver.problems():  # it is known before anybody asks for the result
                 assert async_save and time.monotonic() < deadline
                 time.sleep(0.01)
-        except OSError as error:
+        except UserError as error:
             messages.append(str(error))
-    assert saver.failed() == async_save  # a synchronous one has raised already
+    assert len(saver.problems()) == 1
     for again in (lambda: saver.save(3, trainee.model, trainee.optimizer, STATE), saver.wait) if async_save else ():
-        with pytest.raises(OSError) as error:
+        with pytest.raises(UserError) as error:
             again()
         messages.append(str(error.value))
     dist.barrier()
@@ -301,7 +304,7 @@ def fill_the_disk_of_one_rank(run_dir: Path, full_rank: int, async_save: bool) -
 
 def fail_to_load(path: Path) -> None:
     trainee = Trainee(tp=1)
-    with pytest.raises(CheckpointException, match="which no checkpoint needs"):
+    with pytest.raises(UserError, match="which no checkpoint needs"):
         checkpoint.load(path, trainee.model, trainee.optimizer)
 
 
@@ -311,7 +314,7 @@ def fail_to_load(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return data.train_tokenizer(["def naïve(): return 日本語 🙂"] * 3, vocab_size=300, train_mib=1)
+    return train_tokenizer(["def naïve(): return 日本語 🙂"] * 3, vocab_size=300, train_mib=1)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -435,7 +438,7 @@ def test_a_disk_that_is_full_for_one_rank_fails_the_save_on_all_and_leaves_the_o
         assert left == [".tmp-step_00000002", "step_00000001"]
     assert checkpoint.damage(folder / "step_00000001") == []
     ranks(2, load_and_train, folder / "step_00000001", 1, False)
-    checkpoint.prepare_run(tmp_path, "", "", 2, [])
+    rundir.prepare_run(tmp_path, "", "", None, [])
     assert [path.name for path in folder.iterdir()] == ["step_00000001"]
 
 
@@ -509,52 +512,6 @@ def test_ranks_share_the_files_out_and_each_is_read_once(copied):
         assert sorted(found) == sorted(checkpoint.damage(path)) and len(found) == 5
 
 
-def test_a_damaged_checkpoint_is_put_aside_when_the_run_goes_on_without_it(tmp_path):
-    earlier, newest = pretend(tmp_path, 3, 7)
-    checkpoint.prepare_run(tmp_path, "", "", 4, [newest])
-    assert checkpoint.complete_checkpoints(tmp_path) == [earlier]
-    (aside,) = (tmp_path / "checkpoints").glob("damaged-*")
-    assert aside.name.startswith("damaged-step_00000007") and (aside / "state.json").exists()
-    pretend(tmp_path, 7)
-    checkpoint.prepare_run(tmp_path, "", "", 4, [newest])
-    assert len([*(tmp_path / "checkpoints").glob("damaged-step_00000007*")]) == 2, "twice is no collision"
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[model]\nhidden_size = ", "[model\nhidden_size = 3\n", "hidden_size = 3\n", "\udcff\n"],
-    ids=["cut off", "no TOML", "no section", "no text"],
-)
-def test_a_damaged_config_toml_is_named(tmp_path, text):
-    (tmp_path / "config.toml").write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(ValueError, match=r"config.toml is damaged .*remove it, it is written again"):
-        checkpoint.refuse_another_run(None, tmp_path, {"model.hidden_size": 3})
-
-
-@pytest.mark.parametrize("line", ["{", '{"loss": 1.0}', "3", "null", '{"step": "2"}', '{"step": null}', "", "\udcff"])
-def test_a_damaged_line_of_metrics_is_named_and_nothing_is_changed(tmp_path, line):
-    (damaged,) = pretend(tmp_path, 5)
-    pretend(tmp_path, 9, prefix=".tmp-step_")
-    text = METRICS[0] + line + "\n" + METRICS[1]
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
-    before = sorted(tmp_path.rglob("*")), (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is damaged: remove that line"):
-        checkpoint.prepare_run(tmp_path, "", "", 2, [damaged])
-    assert (sorted(tmp_path.rglob("*")), (tmp_path / "metrics.jsonl").read_bytes()) == before
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One job at a time
-
-
-def test_a_run_directory_is_held_by_one_job_until_that_lets_go(tmp_path):
-    with checkpoint.lock(tmp_path / "run"):
-        with pytest.raises(ValueError, match=r"run.dir=.*run is in use by another job: wait .* another --run.dir"):
-            checkpoint.lock(tmp_path / "run")
-        checkpoint.lock(tmp_path / "other").close()
-    checkpoint.lock(tmp_path / "run").close()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints of strangers
 
@@ -589,13 +546,14 @@ def test_a_bomb_in_a_checkpoint_with_correct_checksums_is_refused_and_does_not_g
 def test_metadata_can_call_nothing(tmp_path, function):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb(function, "1")))
     with pytest.raises(ValueError, match="which no checkpoint needs"), (tmp_path / ".metadata").open("rb") as file:
-        checkpoint.MetadataUnpickler(file).load()
+        MetadataUnpickler(file).load()
 
 
 def test_only_the_restricted_unpickler_unpickles():
     """In all sources: torch.load with weights_only=True, dcp.load with `Reader`, pickle only as a base class."""
     seen = []
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    folders = (".", "configs", "corpus", "runtime", "benchmarks")
+    for path in (path for folder in folders for path in ROOT.glob(f"{folder}/*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         bases = {id(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
         for node in ast.walk(tree):
@@ -613,167 +571,6 @@ def test_only_the_restricted_unpickler_unpickles():
                     assert options["storage_reader"].startswith("Reader("), where
                     seen.append(where)
     assert len(seen) == 2, "this test has found the places it is about"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run directory
-
-
-def pretend(run_dir: Path, *steps: int, prefix: str = "step_") -> list[Path]:
-    """Directories that look like checkpoints."""
-    paths = [run_dir / "checkpoints" / f"{prefix}{step:08d}" for step in steps]
-    for path, step in zip(paths, steps, strict=True):
-        path.mkdir(parents=True)
-        write_state(path, {"step": step, "identity": {}, "files": {}})
-    return paths
-
-
-def test_an_unfinished_save_is_never_taken_for_a_checkpoint_and_removed_at_the_next_start(tmp_path):
-    (done,), (unfinished,) = pretend(tmp_path, 5), pretend(tmp_path, 9, prefix=".tmp-step_")
-    assert checkpoint.complete_checkpoints(tmp_path) == [done]
-    assert checkpoint.find_resume(tmp_path, "auto") == [done]
-    checkpoint.prepare_run(tmp_path, "a = 1\n", "{}", 6, [])
-    assert not unfinished.exists() and done.exists()
-    with pytest.raises(ValueError, match="neither a checkpoint nor a run directory"):
-        pretend(tmp_path / "other", 3, prefix=".tmp-step_")
-        checkpoint.find_resume(tmp_path, str(tmp_path / "other"))
-
-
-def test_checkpoints_are_ordered_by_step(tmp_path):
-    assert checkpoint.complete_checkpoints(tmp_path / "nowhere") == []
-    later, earlier = pretend(tmp_path, 100_000, 99_999)
-    assert checkpoint.complete_checkpoints(tmp_path) == [earlier, later]
-
-
-@pytest.mark.parametrize(
-    ("own", "resume", "expected"),
-    [
-        ([], "auto", []),
-        ([3, 7], "auto", ["own/checkpoints/step_00000007", "own/checkpoints/step_00000003"]),
-        ([], "never", []),
-        ([], "other", ["other/checkpoints/step_00000004", "other/checkpoints/step_00000002"]),
-        ([], "other/checkpoints/step_00000002", ["other/checkpoints/step_00000002"]),
-        ([3, 7], "own/checkpoints/step_00000007", ["own/checkpoints/step_00000007", "own/checkpoints/step_00000003"]),
-        ([3, 7], "own", ["own/checkpoints/step_00000007", "own/checkpoints/step_00000003"]),
-    ],
-)
-def test_resume_starts_from_the_newest_that_is_intact(tmp_path, own, resume, expected):
-    """All that come into question, the newest first."""
-    pretend(tmp_path / "own", *own)
-    pretend(tmp_path / "other", 2, 4)
-    resume = resume if resume in ("auto", "never") else str(tmp_path / resume)
-    assert checkpoint.find_resume(tmp_path / "own", resume) == [tmp_path / path for path in expected]
-
-
-def test_a_branch_that_was_begun_goes_on_whatever_its_origin_does(tmp_path):
-    (newest,) = pretend(tmp_path / "own", 7)
-    origin = str(tmp_path / "other")
-    write_state(newest, {"step": 7, "branched_from": origin})
-    for step in (2, 9):
-        pretend(tmp_path / "other", step)
-        assert checkpoint.find_resume(tmp_path / "own", origin) == [newest]
-    (later,) = pretend(tmp_path / "own", 8)
-    (later / "state.json").write_text("{")  # damaged: the one before it tells
-    assert checkpoint.find_resume(tmp_path / "own", origin) == [later, newest]
-
-
-@pytest.mark.parametrize(
-    ("resume", "message"),
-    [
-        ("never", r'checkpoint.resume="never", but .*own holds step_00000007: start over in another --run.dir'),
-        ("own/checkpoints/step_00000003", r"step_00000003 is not the newest.* branch off into another --run.dir"),
-        ("other", r"other is not the newest checkpoint of .*own, nor what that run branched off"),
-        ("nowhere", r"nowhere is neither a checkpoint nor a run directory"),
-        ("empty", r"empty is neither a checkpoint nor a run directory"),
-    ],
-)
-def test_resume_refuses_what_would_do_damage_or_is_no_checkpoint(tmp_path, resume, message):
-    pretend(tmp_path / "own", 3, 7)
-    pretend(tmp_path / "other", 2, 4)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=message):
-        checkpoint.find_resume(tmp_path / "own", resume if resume == "never" else str(tmp_path / resume))
-
-
-METRICS = [
-    '{"step": 1, "loss": 5.0}\n',
-    '{"step": 2, "loss": 4.0}\n',
-    '{"step": 2, "val_loss": 4.5}\n',
-    '{"step": 3, "loss": 3.0}\n',
-    '{"step": 3, "val_loss": 3.5}\n',
-]
-
-
-@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 2, "loss": 4.0}'])
-@pytest.mark.parametrize(("first_step", "kept"), [(1, 0), (2, 1), (3, 3), (4, 5)])
-def test_metrics_keep_whole_lines_of_steps_that_are_not_done_again(tmp_path, first_step, kept, torn):
-    (tmp_path / "metrics.jsonl").write_text("".join(METRICS) + torn)
-    checkpoint.prepare_run(tmp_path, "", "", first_step, [])
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(METRICS[:kept])
-
-
-def test_the_run_directory_is_made_with_what_it_is_given(tmp_path):
-    with checkpoint.lock(tmp_path / "a/b"):
-        checkpoint.prepare_run(tmp_path / "a/b", 'x = "日本"\n', '{"é": 1}', 1, [])
-    files = {str(path.relative_to(tmp_path / "a/b")) for path in (tmp_path / "a/b").rglob("*")}
-    assert files == {".lock", "checkpoints", "config.toml", "tokenizer.json"}
-    assert (tmp_path / "a/b/config.toml").read_text(encoding="utf-8") == 'x = "日本"\n'
-    assert (tmp_path / "a/b/tokenizer.json").read_text(encoding="utf-8") == '{"é": 1}'
-
-
-@pytest.mark.parametrize("at", ["os.fsync", "os.replace"])
-def test_a_write_that_is_cut_off_leaves_the_old_content(tmp_path, at):
-    path = tmp_path / "file"
-    checkpoint.write_atomically(path, "old")
-    with mock.patch(at, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        checkpoint.write_atomically(path, "new é")
-    assert path.read_text() == "old"
-    checkpoint.write_atomically(path, "new é")
-    assert path.read_text(encoding="utf-8") == "new é" and list(tmp_path.iterdir()) == [path]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run or another
-
-FLAT = configs.flatten(Config(model=ModelConfig(vocab_size=384)))
-FREE = ("data.num_workers", "data.tokenizer_train_mib")
-FIXED = [key for key in FLAT if key.startswith(("model.", "data.")) and key not in FREE]
-FIXED += ["train.seed", "train.global_batch_size"]
-
-
-def another(value: Any) -> Any:
-    """A value of the same type."""
-    match value:
-        case bool():
-            return not value
-        case int() | float():
-            return value + 1
-        case str():
-            return value + "x"
-        case _:
-            return {"factor": 8.0}
-
-
-@pytest.mark.parametrize("where", ["checkpoint", "config.toml"])
-@pytest.mark.parametrize("key", FIXED)
-def test_what_makes_a_run_must_not_change_within_it(tmp_path, key, where):
-    path = None
-    if where == "checkpoint":
-        (path,) = pretend(tmp_path, 3)
-        write_state(path, {"identity": checkpoint.identity(FLAT)})
-    else:
-        checkpoint.prepare_run(tmp_path, configs.to_toml(Config(model=ModelConfig(vocab_size=384))), "", 1, [])
-    checkpoint.refuse_another_run(path, tmp_path, checkpoint.identity(FLAT))
-    changed = {**FLAT, key: another(FLAT[key])}
-    with pytest.raises(ValueError) as error:
-        checkpoint.refuse_another_run(path, tmp_path, checkpoint.identity(changed))
-    assert f"{key}: {FLAT[key]!r} there, {changed[key]!r} now" in str(error.value)
-
-
-@pytest.mark.parametrize("key", [key for key in FLAT if key not in FIXED])
-def test_everything_else_may_change(tmp_path, key):
-    changed = {**FLAT, key: "another"}
-    assert checkpoint.identity(changed) == checkpoint.identity(FLAT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

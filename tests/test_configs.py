@@ -13,8 +13,9 @@ import torch
 
 import configs
 import train
-from configs import HINTS, SECTIONS, Config, ConfigError, flatten, to_toml, toml_value
-from model import Llama
+from configs import HINTS, SECTIONS, Config, ConfigError, OptimConfig, TrainConfig, flatten, to_toml, toml_value
+from model import Llama, ModelConfig
+from runtime.ranks import UserError
 
 RECIPES = sorted(Path(configs.__file__).parent.glob("*.toml"))
 LLAMA_3_1 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -486,6 +487,88 @@ def test_the_ends_of_a_range_belong_to_it(argument):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Bounds stand beside the fields
+
+BOUNDED = [name for name in HINTS if configs.bounds_of(name)]
+NUMBERS = [name for name in HINTS if {"integer", "number"} & set(re.findall(r"\w+", configs.type_name(HINTS[name])))]
+NO_BOUNDS = {
+    "train.seed": "any number will do",
+    "data.tokenizer_vocab_size": "it only counts where a tokenizer is trained",
+    "run.profile_steps": "its numbers are tied to each other",
+}
+
+
+def test_every_number_has_a_bound_or_a_reason_why_not():
+    assert {name for name in NUMBERS if name not in BOUNDED} == set(NO_BOUNDS)
+    assert set(BOUNDED) <= set(NUMBERS)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bounds_are_plain_data_that_the_default_meets(name):
+    bounds = configs.bounds_of(name)
+    signs = [sign for sign, _ in bounds]
+    assert len(bounds) == 1 or (signs[0] in (">=", ">") and signs[1] in ("<=", "<") and len(bounds) == 2)
+    assert all(sign in configs.HOLDS and type(limit) in (int, float) for sign, limit in bounds)
+    assert configs.check_value(name, configs.defaults()[name]) == configs.defaults()[name]
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_number_beyond_its_bound_is_refused_with_the_bound(name):
+    words = {">=": "is below {}", ">": "is not above {}", "<=": "is above {}", "<": "is not below {}"}
+    bounds = configs.bounds_of(name)
+    for sign, limit in bounds:
+        beyond = {">=": limit - 1, ">": limit, "<=": limit + 1, "<": limit}[sign]
+        default = configs.defaults()[name]
+        value = [default[0], beyond] if isinstance(default, tuple) else beyond
+        error = next(error for error in errors_of(f"--{name}={value}") if error.startswith(f"{name}="))
+        expected = words[sign].format(limit) if len(bounds) == 1 else f"is outside {configs.interval(bounds)}"
+        assert error == f"{name}={float(beyond) if 'number' in configs.type_name(HINTS[name]) else beyond} {expected}"
+
+
+def test_an_interval_is_written_as_in_mathematics():
+    assert configs.interval(((">=", 0), ("<", 1))) == "[0, 1)"
+    assert configs.interval(((">", 0.5), ("<=", 2))) == "(0.5, 2]"
+
+
+def test_a_bad_value_is_reported_once_and_no_message_speaks_of_what_stands_in_its_place(on_ranks):
+    on_ranks(8)
+    assert errors_of("--train.global_batch_size=0", "--train.micro_batch_size=7") == [
+        "train.global_batch_size=0 is below 1"
+    ]
+    assert errors_of("--train.global_batch_size=many", "--parallel.tp=1") == [
+        "train.global_batch_size='many' has the wrong type: it takes integer"
+    ]
+    assert errors_of("--parallel.tp=0", "--train.micro_batch_size=7") == ["parallel.tp=0 is below 1"]
+    assert errors_of("--model.num_attention_heads=0", "--model.hidden_size=4") == [
+        "model.num_attention_heads=0 is below 1"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For other machines than this one
+
+
+def test_the_ranks_can_be_given_and_are_then_not_asked_of_the_environment(on_ranks):
+    on_ranks(3)
+    arguments = arguments_of(SHAPE)
+    assert configs.load(arguments).parallel.tp == 3
+    assert configs.load(arguments, world=16, local_world=8).parallel.tp == 8
+    assert configs.load(arguments, world=8).parallel.tp == 4  # one node
+    with pytest.raises(ConfigError, match=r"the number of processes=4 is not divisible by parallel\.tp=3"):
+        configs.load([*arguments, "--parallel.tp=3"], 4, 4)
+
+
+def test_the_gpus_of_this_machine_have_no_say_about_another(on_ranks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on_ranks(8)
+    narrow = ["--data.document_mask=true", "--data.layout=pack", "--model.head_dim=8"]
+    assert len(errors_of(*narrow)) == 2
+    assert "8 processes on this node but 1 GPUs" in errors_of()[0]
+    assert configs.load(narrow, world=8, local_world=8).parallel.tp == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is resolved
 
 
@@ -530,6 +613,58 @@ def test_zeros_are_resolved_from_what_is_there():
     assert longer.model.max_position_embeddings == 512
 
 
+def settled(config: Config, vocabulary: int, num_rows: int | None) -> Config:
+    """`configs.settle`, which must leave alone what it was given."""
+    before = to_toml(config)
+    after = configs.settle(config, vocabulary, num_rows)
+    assert to_toml(config) == before
+    after.model.rope_scaling["factor"] = 2.0
+    assert to_toml(config) == before, "the copy shares nothing with the original"
+    del after.model.rope_scaling["factor"]
+    return after
+
+
+@pytest.mark.parametrize(("vocabulary", "rounded"), [(256, 256), (257, 384), (1, 128)])
+def test_the_data_settles_vocabulary_and_steps_in_a_copy(vocabulary, rounded):
+    config = Config(train=TrainConfig(global_batch_size=8, epochs=3), optim=OptimConfig(warmup_steps=5))
+    first = settled(config, vocabulary, num_rows=47)
+    assert (first.model.vocab_size, first.train.steps) == (rounded, 3 * 5)
+    assert settled(first, vocabulary, num_rows=1000).train.steps == 15, "what was given stays"
+    assert flatten(first) == flatten(config) | {"model.vocab_size": rounded, "train.steps": 15}
+
+
+def test_a_stream_leaves_the_steps_as_they_were_given():
+    config = Config(train=TrainConfig(steps=7), optim=OptimConfig(warmup_steps=5))
+    assert settled(config, 256, num_rows=None).train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ({"vocab_size": 256}, {}, ["model.vocab_size=256", "300", "384"]),
+        ({}, {"global_batch_size": 51}, ["50 training rows", "train.global_batch_size=51"]),
+        ({}, {"epochs": 9}, ["optim.warmup_steps=100", "54 steps"]),
+    ],
+    ids=["vocabulary", "rows", "warm-up"],
+)
+def test_what_does_not_fit_the_data_is_refused_with_value_rule_and_remedy(model, options, words):
+    config = Config(model=ModelConfig(**model), train=TrainConfig(**{"global_batch_size": 8, **options}))
+    with pytest.raises(UserError) as error:
+        configs.settle(config, vocabulary=300, num_rows=50)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_defaults_are_those_of_the_dataclasses_before_anything_is_resolved(toml):
+    defaults = configs.defaults()
+    assert list(defaults) == list(HINTS) == list(flatten(Config()))
+    resolved = flatten(configs.load([toml()]))
+    waiting = {"model.head_dim", "model.max_position_embeddings", "parallel.tp", "run.dir"}
+    assert {name for name in defaults if resolved[name] != defaults[name]} == waiting
+    assert all(defaults[name] in (0, "", "auto") for name in waiting)
+    defaults["model.rope_scaling"]["factor"] = 2.0
+    assert configs.defaults()["model.rope_scaling"] == {}
+
+
 CHANGED = {
     "run.dir": "\"quotes\" and \\ and 'these'\ttab é 漢字 😀 \u2028",
     "run.profile_steps": [2, 5],
@@ -572,10 +707,20 @@ def test_help_lists_every_key_with_its_default_and_meaning():
                 i for i, line in enumerate(lines) if line.strip().startswith(f"--{section}.{field.name}={default} ")
             )
             assert configs.type_name(HINTS[f"{section}.{field.name}"]) in lines[i]
+            assert ("in [" in lines[i] or ">" in lines[i]) == bool(configs.bounds_of(f"{section}.{field.name}"))
             meaning = HINTS[f"{section}.{field.name}"].__metadata__[0]
             assert len(meaning) > 5
             wrapped = takewhile(lambda line: line.startswith(" " * 8), lines[i + 1 :])
             assert " ".join(map(str.strip, wrapped)) == meaning
+
+
+def test_help_shows_the_bounds():
+    text = configs.help_text()
+    assert "--train.epochs=1  (integer, >= 1)\n" in text
+    assert "--optim.lr=0.001  (number, > 0)\n" in text
+    assert "--optim.min_lr_ratio=0.1  (number, in [0, 1])\n" in text
+    assert "--optim.betas=[0.9, 0.95]  ([number, number], in [0, 1))\n" in text
+    assert "--train.seed=0  (integer)\n" in text
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

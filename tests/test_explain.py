@@ -1,5 +1,6 @@
 """What explain.py says against what a real step on real gloo ranks sends and holds."""
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -10,21 +11,28 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from test_model import WINDOW, window_in_every_second_block
+from torch.distributed.tensor import Replicate, Shard, distribute_module
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
 
 import configs
 import explain
+import model as model_module
 import parallel
 import train
 from explain import Report
 from model import Llama
 
 ROOT = Path(__file__).parent.parent
+BLOCK = "model.layers.0"  # where all blocks are alike, it is shown
 SIZES = {
     "model.vocab_size": 384,
     "model.hidden_size": 50,  # odd on 3 and 4 ranks
@@ -76,21 +84,23 @@ def arguments_of(tmp_path_factory) -> Callable[[dict], list[str]]:
     return lambda changes: [str(recipe), *(f"--{key}={value}" for key, value in (defaults | changes).items())]
 
 
-def run_explain(arguments: tuple[str, ...], world: int) -> tuple[Report, str]:
-    report = explain.explain(explain.load(list(arguments), world, world), world)
+def run_explain(arguments: tuple[str, ...], world: int, fork: Callable | None) -> tuple[Report, str]:
+    with fork() if fork else contextlib.nullcontext():
+        report = explain.explain(explain.load(list(arguments), world, world), world)
     assert not dist.is_initialized()
     return report, explain.render(report)
 
 
 @pytest.fixture(scope="session")
-def explained() -> Callable[[list[str], int], tuple[Report, str]]:
+def explained() -> Callable[..., tuple[Report, str]]:
     """`explained(arguments, world)` in a process of its own: the pretended group must not meet this process's state.
 
-    It is the same process for all calls, so they must not meet each other's either.
+    It is the same process for all calls, so they must not meet each other's either. `fork` is a context in which the
+    code is another one.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        run = functools.cache(lambda arguments, world: pool.submit(run_explain, arguments, world).result())
-        yield lambda arguments, world: run(tuple(arguments), world)
+        run = functools.cache(lambda *given: pool.submit(run_explain, *given).result())
+        yield lambda arguments, world, fork=None: run(tuple(arguments), world, fork)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +250,7 @@ def test_gathered_bytes_are_what_fsdp_gathers(pair):
 def test_weights_and_activations_have_the_shapes_and_placements_of_the_real_model(pair):
     report, steps = pair
     for name, (_, full, placements, local) in report.weights.items():
-        last = name.replace(explain.BLOCK, "model.layers.1")  # what is said of block 0 holds for every block
+        last = name.replace(BLOCK, "model.layers.1")  # what is said of block 0 holds for every block
         arrives, *_, leaves = report.activations[name]
         assert (arrives[0], leaves[0]) == (steps[0]["borders"][last, "in"], steps[0]["borders"][last, "out"])
         if full == "-":
@@ -273,11 +283,11 @@ def causes(report: Report) -> Counter:
     """{(module, phase, kind, axis): calls}, where the block's are those of one block and one micro-step."""
     found = Counter()
     for call in report.collectives:
-        layers = report.config.model.num_hidden_layers if call.module.startswith(explain.BLOCK) else 1
+        layers = report.config.model.num_hidden_layers if call.module.startswith(BLOCK) else 1
         micro_steps = 1 if call.phase == "update" else report.micro_steps
         count, rest = divmod(call.count, layers * micro_steps)
         assert rest == 0
-        found[call.module.replace(explain.BLOCK, "block"), call.phase, call.kind, call.axis] += count
+        found[call.module.replace(BLOCK, "block"), call.phase, call.kind, call.axis] += count
     return found
 
 
@@ -348,7 +358,7 @@ def test_a_step_counts_layers_and_micro_steps(explained, arguments_of):
     deep, wide = counts(model__num_hidden_layers=4), counts(train__micro_batch_size=2)
     assert base.keys() == deep.keys() == wide.keys()
     for key, count in base.items():
-        assert deep[key] == count * (2 if key[0].startswith(explain.BLOCK) else 1)
+        assert deep[key] == count * (2 if key[0].startswith(BLOCK) else 1)
         assert wide[key] == (count if key[1] == "update" else count / 2)
 
 
@@ -358,6 +368,159 @@ def test_compile_does_not_change_the_report(explained, arguments_of):
     eager, _ = explained(arguments_of(TP2), 4)
     assert compiled.config.parallel.compile
     assert (compiled.collectives, compiled.activations) == (eager.collectives, eager.activations)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forks: another plan, blocks that differ
+
+DEEP = TP2 | {"model.num_hidden_layers": 4}
+
+
+def plan_with_wildcards(model, tp: int) -> dict:
+    """The lines of a block's plan that are alike, in one."""
+    plan, wild = real_block_plan(model, tp), {"*norm": "input_layernorm", "self_attn.[kv]_proj": "self_attn.k_proj"}
+    wild |= {"m*.gate_*": "mlp.gate_proj", "mlp.up_proj": "mlp.up_proj", "?lp": "mlp"}
+    wild |= {name: name for name in ("self_attn", "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")}
+    return {key: plan[line] for key, line in wild.items()}
+
+
+real_block_plan, real_apply_tp = parallel.block_plan, parallel.apply_tp
+
+
+def with_wildcards():
+    return mock.patch.object(parallel, "block_plan", plan_with_wildcards)
+
+
+def with_windows():
+    return mock.patch.object(model_module, "mask_of", window_in_every_second_block)
+
+
+class WideBlock(model_module.Block):
+    """The last one's feed-forward is twice as wide."""
+
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        if layer == config.num_hidden_layers - 1:
+            self.mlp = model_module.FeedForward(replace(config, intermediate_size=2 * config.intermediate_size))
+
+
+def with_a_wide_block():
+    return mock.patch.object(model_module, "Block", WideBlock)
+
+
+class NumberedBlock(model_module.Block):
+    """It knows its layer, which changes nothing."""
+
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        self.layer = layer
+
+
+def with_numbers():
+    return mock.patch.object(model_module, "Block", NumberedBlock)
+
+
+def apply_tp_but_once(model: Llama, mesh: parallel.DeviceMesh) -> None:
+    """The second block's feed-forward is whole on every tp rank: another layout."""
+    real_apply_tp(model, mesh)
+    block = model.model.layers[1]
+    whole = Llama(replace(model.config, num_hidden_layers=2)).model.layers[1].to("meta").mlp
+    for part in (whole.gate_proj, whole.up_proj, whole.down_proj):
+        distribute_module(part, mesh)
+    whole.register_forward_hook(lambda _, inputs, output: output.redistribute(placements=[Shard(1)]).to_local())
+    gather = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    block.mlp = parallelize_module(whole, mesh, gather)
+
+
+def with_another_layout():
+    return mock.patch.object(parallel, "apply_tp", apply_tp_but_once)
+
+
+def calls_of(report: Report, *, by_block: bool = False) -> Counter:
+    found = Counter()
+    for call in report.collectives:
+        found[call.module if by_block else "", call.phase, call.kind, call.axis, call.nbytes] += call.count
+    return found
+
+
+def test_a_plan_with_wildcards_is_reported_as_torch_reads_it(explained, arguments_of):
+    plain, text = explained(arguments_of(TP2), 4)
+    wild, wild_text = explained(arguments_of(TP2), 4, with_wildcards)
+    assert wild.weights == plain.weights
+    assert wild_text == text
+
+
+def test_blocks_that_differ_in_their_mask_are_shown_apart(explained, arguments_of):
+    report, text = explained(arguments_of(DEEP), 4, with_windows)
+    plain, plain_text = explained(arguments_of(DEEP), 4)
+    assert report.blocks == {
+        "model.layers.0": ([0, 2], "causal"),
+        "model.layers.1": ([1, 3], f"Window(size={WINDOW})"),
+    }
+    assert plain.blocks == {"model.layers.0": ([0, 1, 2, 3], "causal")}
+    assert (calls_of(report), report.memory) == (calls_of(plain), plain.memory)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["Block", "0", "2", "0,", "2", "causal"] in lines
+    assert ["Block", "1", "2", "1,", "3", f"Window(size={WINDOW})"] in lines
+    assert "4 blocks of 2 kinds;" in text
+    assert "4 blocks;" in plain_text
+    for kind in "01":
+        assert ["Block", kind, "(FSDP)", "forward", "all-gather", "dp_shard"] in [line[:6] for line in lines]
+        assert [f"{kind}.mlp", "PrepareModuleInput"] in [line[:2] for line in lines]
+
+
+def test_documents_are_shown_with_the_mask(explained, arguments_of):
+    report, _ = explained(arguments_of(CASES["document mask, dp2 x tp2"][1]), 4)
+    assert report.blocks == {"model.layers.0": ([0, 1], "causal, in its document")}
+
+
+def test_blocks_that_differ_in_their_shapes_are_counted_each_by_itself(explained, arguments_of):
+    """The memory of one rank is that of all parameters, by their shapes."""
+    report, _ = explained(arguments_of({"model.num_hidden_layers": 3}), 2, with_a_wide_block)
+    plain, _ = explained(arguments_of({"model.num_hidden_layers": 3}), 2)
+    assert report.blocks == {"model.layers.0": ([0, 1], "causal"), "model.layers.2": ([2], "causal")}
+    assert report.weights["model.layers.2.mlp.up_proj"][1:] == [(144, 50), "R, S(0)", (72, 50)]
+    more = 3 * 72 * 50 * 4 // 2  # three matrices of float32, half of them on each rank
+    for key in ("parameters", "gradients"):
+        assert report.memory[key] == plain.memory[key] + more
+    for key in ("gathered block", "gathered at once"):
+        assert report.memory[key] == plain.memory[key] + 2 * more
+    gathers = {
+        call.module: call for call in report.collectives if call.kind == "all-gather" and call.phase == "forward"
+    }
+    wide, narrow = gathers["model.layers.2 (FSDP)"], gathers["model.layers.0 (FSDP)"]
+    assert (narrow.count, wide.count, wide.nbytes - narrow.nbytes) == (2 * 2, 2, 2 * more)
+
+
+def test_blocks_that_differ_in_their_layout_are_shown_apart(explained, arguments_of):
+    report, _ = explained(arguments_of(DEEP), 4, with_another_layout)
+    assert {kind: layers for kind, (layers, _) in report.blocks.items()} == {
+        "model.layers.0": [0, 2, 3],
+        "model.layers.1": [1],
+    }
+    assert report.weights["model.layers.0.mlp.up_proj"][2] == "R, S(0), S(0)"
+    assert report.weights["model.layers.1.mlp.up_proj"][2] == "R, S(0), R"
+
+
+def test_blocks_that_only_know_their_number_are_one_kind(explained, arguments_of):
+    plain, text = explained(arguments_of(DEEP), 4)
+    numbered, numbered_text = explained(arguments_of(DEEP), 4, with_numbers)
+    assert numbered_text == text
+    assert numbered.collectives == plain.collectives
+
+
+def test_the_optimizer_is_the_one_that_trains(explained, arguments_of):
+    """Here one that keeps a single moment, so half the state."""
+    adam, _ = explained(arguments_of({}), 2)
+    sgd, _ = explained(arguments_of({}), 2, with_momentum)
+    assert sgd.memory["optimizer state"] == sgd.memory["parameters"]
+    assert 2 * adam.memory["parameters"] < adam.memory["optimizer state"] < 2.01 * adam.memory["parameters"]
+
+
+def with_momentum():
+    return mock.patch.object(
+        train, "make_optimizer", lambda model, _: torch.optim.SGD(model.parameters(), momentum=0.9)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,9 +551,7 @@ def test_recipes_fit_into_100_columns(explained, config, world, more):
 def test_the_printed_numbers_are_the_reports(explained, arguments_of):
     report, text = explained(arguments_of(TP2 | HSDP), 4)
     lines = [line.split() for line in text.splitlines()]
-    call = next(
-        call for call in report.collectives if call.module == f"{explain.BLOCK}.mlp" and call.phase == "forward"
-    )
+    call = next(call for call in report.collectives if call.module == f"{BLOCK}.mlp" and call.phase == "forward")
     assert (call.count, call.nbytes) == (4, 24 * 50 * 4)  # 2 blocks x 2 micro-steps; (1, 24, 50) float32
     assert ["mlp", "forward", "all-gather", "tp", "4", "4.7", "KiB", "18.8", "KiB"] in lines
     gathers = [call for call in report.collectives if (call.kind, call.axis) == ("all-gather", "tp")]
@@ -446,8 +607,6 @@ def test_the_command_prints_the_report_and_nothing_else():
 )
 def test_bad_input_gets_one_message_and_status_2(monkeypatch, capsys, arguments, message):
     """In this process: it stops before there is a process group."""
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, "1")  # to be put back
     monkeypatch.setattr(sys, "argv", ["explain.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         explain.main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import packed_rows, sharp_model
+from test_model import packed_rows, sharp_model, window_in_every_second_block
 
 import model
 import parallel
@@ -65,10 +65,14 @@ def test_resume_is_bitwise_identical_on_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kinds", ["documents", "windows", "windows in documents"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
-def test_flex_attention_computes_what_a_dense_mask_does(monkeypatch, dtype, tolerance, compiled, checkpointing):
+def test_flex_attention_computes_what_a_dense_mask_does(monkeypatch, dtype, tolerance, kinds, compiled, checkpointing):
     """Loss and gradients; other kernels sum in another order, and bf16 rounds to 4e-3."""
     batch = [tensor.cuda() for tensor in packed_rows([100, 1, 150, 49], [300], [3, 290, 7])]
+    batch = batch if "documents" in kinds else batch[:2]  # without positions
+    if "windows" in kinds:
+        monkeypatch.setattr(model, "mask_of", window_in_every_second_block)
     results = []
     for mask in (model.dense_mask, model.block_mask):
         monkeypatch.setattr(model, "block_mask", mask)

@@ -9,7 +9,9 @@ TORCHINDUCTOR_CACHE_DIR of its own, as the compiler's cache does not tell them a
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -33,24 +35,25 @@ SIZES = {
     "optim.lr": 3e-3,
     "optim.warmup_steps": 5,
     "optim.eps": 1e-4,  # far above the rounding of a gradient, which Adam would otherwise blow up to a step of lr
-    "train.steps": STEPS,
     "train.global_batch_size": 8,
     "train.micro_batch_size": 8,
-    "train.eval_every": 10,
 }
+# What the cases rely on: all other keys may come from --override.
+LAW = {"train.steps": STEPS, "train.log_every": 1, "train.eval_every": 10, "parallel.param_dtype": "float32"}
 
 
-def rows_with_gaps(step: int, num_rows: int, global_batch_size: int, seed: int) -> torch.Tensor:
-    """The real rows of a step, but the first two of a global batch are all padding.
+def batches_with_gaps(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+    """The real rows of each step, but the first two of a global batch are all padding.
 
     With four data-parallel ranks or a micro-batch of 1 or 2, some rank then has micro-batches without any target.
     """
-    rows = real_rows_of_step(step, num_rows, global_batch_size, seed).clone()
-    rows[:2] = -1
-    return rows
+    for batch in real_global_batches(*arguments, **options):
+        rows = batch.clone()
+        rows[:2] = data.PADDING
+        yield rows
 
 
-real_rows_of_step = data.rows_of_step
+real_global_batches = data.global_batches
 
 
 def run_training(arguments: list[str], cache: str) -> None:
@@ -59,24 +62,26 @@ def run_training(arguments: list[str], cache: str) -> None:
 
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     chunk = 23 * 384 if dist.get_world_size() > 1 else model.LOGITS_AT_ONCE  # 23 rows of logits at once, against all
-    gaps = mock.patch.object(data, "rows_of_step", rows_with_gaps)
+    gaps = mock.patch.object(data, "global_batches", batches_with_gaps)
     chunks = mock.patch.object(model, "LOGITS_AT_ONCE", chunk)
     with gaps, chunks, contextlib.redirect_stdout(io.StringIO()):
-        train.train(configs.load(arguments), torch.device("cpu"))
+        for _ in train.train(configs.load(arguments), torch.device("cpu")):
+            pass
 
 
 class Runs:
     """Runs the training loop and remembers the result of each (world size, overrides)."""
 
-    def __init__(self, ranks, corpus: Path, folder: Path):
-        self.ranks, self.corpus, self.folder, self.done = ranks, corpus, folder, {}
+    def __init__(self, ranks, corpus: Path, folder: Path, overrides=None):
+        self.ranks, self.corpus, self.folder, self.overrides, self.done = ranks, corpus, folder, overrides, {}
 
     def __call__(self, world: int, **overrides) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """metrics.jsonl and the final parameters. Keys are written with __ for the dot."""
         keys = {key.replace("__", "."): value for key, value in overrides.items()}
         name = f"run{len(self.done)}"
         if (found := self.done.get((world, str(keys)))) is None:
-            values = {**SIZES, "data.dataset": str(self.corpus), "run.dir": str(self.folder / name), **keys}
+            own = {**LAW, "data.dataset": str(self.corpus), "run.dir": str(self.folder / name), **keys}
+            values = SIZES | (self.overrides.beside(own) if self.overrides else {}) | own
             (self.folder / "empty.toml").write_text("")
             arguments = [str(self.folder / "empty.toml")]
             arguments += [f"--{key}={configs.toml_value(value)}" for key, value in values.items()]
@@ -94,8 +99,8 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(ranks, corpus, tmp_path_factory) -> Runs:
-    return Runs(ranks, corpus, tmp_path_factory.mktemp("runs"))
+def runs(ranks, corpus, tmp_path_factory, overrides) -> Runs:
+    return Runs(ranks, corpus, tmp_path_factory.mktemp("runs"), overrides)
 
 
 def worst_difference(ours: list[dict], reference: list[dict], key: str) -> float:
@@ -196,11 +201,11 @@ OTHER_MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "overrides"), [case[1:] for case in OTHER_MODELS], ids=[c[0] for c in OTHER_MODELS])
-def test_other_models_and_layouts_hold_law_1_too(runs, world, overrides):
-    alone = {key: value for key, value in overrides.items() if not key.startswith("parallel")}
-    micro_batch = 8 // (2 * world // overrides["parallel__tp"])  # two micro-steps a step
-    assert_same(runs(world, train__micro_batch_size=micro_batch, **overrides), runs(1, **alone))
+@pytest.mark.parametrize(("world", "changes"), [case[1:] for case in OTHER_MODELS], ids=[c[0] for c in OTHER_MODELS])
+def test_other_models_and_layouts_hold_law_1_too(runs, world, changes):
+    alone = {key: value for key, value in changes.items() if not key.startswith("parallel")}
+    micro_batch = 8 // (2 * world // changes["parallel__tp"])  # two micro-steps a step
+    assert_same(runs(world, train__micro_batch_size=micro_batch, **changes), runs(1, **alone))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

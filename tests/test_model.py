@@ -1,6 +1,9 @@
 """Law 4 (it is a Llama) and law 5 (nothing is uninitialised), on one process."""
 
 import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import IGNORE_INDEX, Llama, ModelConfig, flops_per_token, parameter_count
+from model import IGNORE_INDEX, Llama, Mask, ModelConfig, flops_per_token, needs_mask, parameter_count
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPES = {
     "grouped": {"num_attention_heads": 8, "num_key_value_heads": 2},
     "one kv head": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 48},
@@ -166,8 +170,8 @@ def test_tied_weights_stay_one_parameter():
 def test_far_positions_have_angles_of_their_own():
     """In bf16, positions above 256 would share theirs."""
     model = make_model(make_config(max_position_embeddings=1024))
-    assert model.rope_cos.dtype == model.rope_sin.dtype == torch.float32
-    angles = torch.cat((model.rope_cos, model.rope_sin), dim=1)
+    assert model.rope.dtype == torch.float32
+    angles = torch.cat(tuple(model.rope), dim=1)
     assert len(angles.unique(dim=0)) == 1024
 
 
@@ -223,6 +227,92 @@ def test_flex_attention_is_given_the_mask_that_a_cpu_uses(monkeypatch):
     torch.testing.assert_close(model(*batch), dense, rtol=1e-6, atol=0)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of mask: what a fork writes for a sliding window in every second block
+
+WINDOW = 7
+
+
+@dataclass(frozen=True)
+class Window(Mask):
+    size: int
+
+    def sees(self, query, key):
+        return super().sees(query, key) & (query - key < self.size)
+
+    def keys_per_query(self, seq_len):
+        return min(seq_len, self.size)
+
+
+def window_in_every_second_block(config: ModelConfig, layer: int) -> Mask:
+    return Window(WINDOW) if layer % 2 else Mask()
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    monkeypatch.setattr(model_module, "mask_of", window_in_every_second_block)
+
+
+def test_every_block_sees_what_its_mask_says(monkeypatch, windows):
+    """With and without documents, against masks that are written out here; and each kind is made once."""
+    made, dense_mask = [], model_module.dense_mask
+    monkeypatch.setattr(model_module, "dense_mask", lambda mask, of: made.append(mask) or dense_mask(mask, of))
+    model = sharp_model(num_hidden_layers=4)
+    input_ids, _, positions = packed_rows([20, 1, 30, 9], [60])
+    for given in (None, positions):
+        made.clear()
+        logits = model(input_ids, positions=given)
+        assert sorted(made, key=str) == [*([] if given is None else [Mask()]), Window(WINDOW)]
+        places = torch.arange(60).expand(2, 60) if given is None else given  # a document begins at i - positions[i]
+        cos, sin = (table[places].unsqueeze(1) for table in model.rope)
+        causal, window = torch.zeros(2, 2, 1, 60, 60, dtype=torch.bool)
+        for row, of_row in enumerate(places.tolist()):
+            for query, place in enumerate(of_row):
+                causal[row, 0, query, query - place : query + 1] = True
+                window[row, 0, query, max(query - place, query - WINDOW + 1) : query + 1] = True
+        x = model.model.embed_tokens(input_ids)
+        for layer, block in enumerate(model.model.layers):
+            x = block(x, cos, sin, window if layer % 2 else causal)
+        torch.testing.assert_close(logits, model.lm_head(model.model.norm(x)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_is_given_every_kind_of_mask(monkeypatch, windows):
+    """As above, forward only, on a CPU."""
+    (input_ids, _, positions), model = packed_rows([100, 1, 150, 49], [300]), sharp_model(max_position_embeddings=300)
+    dense = [model(input_ids, positions=given) for given in (None, positions)]
+    monkeypatch.setattr(model_module, "compiled", lambda function: function)
+    monkeypatch.setattr(model_module, "dense_mask", model_module.block_mask)
+    for given, expected in zip((None, positions), dense, strict=True):
+        torch.testing.assert_close(model(input_ids, positions=given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_rows_need_no_mask(monkeypatch):
+    """They take the fused causal kernel: so FlexAttention's rules are none of theirs."""
+    for make in ("dense_mask", "block_mask"):
+        monkeypatch.delattr(model_module, make)
+    model = make_model(make_config())
+    model(torch.arange(8)[None])
+    assert not needs_mask(model.config, document_mask=False)
+    assert needs_mask(model.config, document_mask=True)
+
+
+def test_flops_and_the_rules_of_configs_follow_the_mask(windows):
+    """In two of four blocks a query is counted for 7 keys in place of 64, and only where 7 are fewer."""
+    config = make_config(num_hidden_layers=4)
+    scores = 12 * config.num_attention_heads * config.head_dim
+    multiplied = flops_per_token(config, 0)
+    assert flops_per_token(config, 64) == multiplied + scores * (2 * 64 + 2 * WINDOW)
+    assert flops_per_token(config, 5) == multiplied + scores * 4 * 5
+    assert needs_mask(config, document_mask=False)
+    assert not needs_mask(make_config(num_hidden_layers=1), document_mask=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts
+
+
 @pytest.mark.parametrize(
     ("layers", "hidden", "ffn", "heads", "tied", "published"),
     [
@@ -247,3 +337,23 @@ def test_flops_per_token_equal_those_that_torch_counts():
         model(tokens, tokens).backward()
     norms = sum(p.numel() for p in model.parameters() if p.ndim == 1)  # in PaLM's N, but no matrix product
     assert counter.get_total_flops() == seq_len * (flops_per_token(config, seq_len) - 6 * norms)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "flops"),
+    [
+        ("quickstart", 1_836_160, 9_444_096),
+        ("llama_125m", 179_522_304, 903_135_744),
+        ("llama3_1b", 1_235_814_400, 9_025_499_136),
+        ("llama3_8b", 8_030_261_248, 57_914_449_920),
+        ("llama3_70b", 70_553_706_496, 481_442_709_504),
+    ],
+)
+def test_counts_of_the_recipes_are_what_they_were(recipe, parameters, flops):
+    """PaLM's formula by hand, once for all: what is reported as MFU must not change."""
+    tables = tomllib.loads((CONFIGS / f"{recipe}.toml").read_text())
+    config, seq_len = ModelConfig(**{"vocab_size": 4096} | tables["model"]), tables["data"].get("seq_len", 256)
+    assert (parameter_count(config), flops_per_token(config, seq_len)) == (parameters, flops)
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    assert flops == 6 * (parameters - looked_up) + 12 * scores

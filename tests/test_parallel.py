@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import resource
+import time
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,7 @@ import configs
 import data
 import model as model_module
 import parallel
+import runtime.ranks
 import train
 from benchmarks.loss_memory import FULL, WAYS, PeakBytes
 from configs import OptimConfig
@@ -73,10 +75,13 @@ def policies_of_new_threads() -> list[tuple[str, int]]:
     before = {task.name for task in tasks.iterdir()}
     with mock.patch.dict(os.environ):
         del os.environ["RANK"]
-        parallel.init_distributed()
+        runtime.ranks.init_distributed()
     torch.set_num_threads(1)
-    new = [task for task in tasks.iterdir() if task.name not in before]
-    return [((task / "comm").read_text().strip(), os.sched_getscheduler(int(task.name))) for task in new]
+    threads, until = [], time.monotonic() + 20  # seconds: a thread names itself when its turn comes
+    while not any("gloo" in name for name, _ in threads) and time.monotonic() < until:
+        new = [task for task in tasks.iterdir() if task.name not in before]
+        threads = [((task / "comm").read_text().strip(), os.sched_getscheduler(int(task.name))) for task in new]
+    return threads
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
@@ -151,6 +156,59 @@ def test_each_rank_computes_its_own_heads_and_its_part_of_the_residual_stream(ra
         }
 
 
+def said_without(plan: str, line: str) -> str:
+    """The error of `parallelize` when a plan has forgotten a line."""
+    real = getattr(parallel, plan)
+    without = mock.Mock(side_effect=lambda *sizes: {key: style for key, style in real(*sizes).items() if key != line})
+    with mock.patch.object(parallel, plan, without), pytest.raises(RuntimeError) as caught:
+        build(ParallelConfig(tp=2))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "line", "left_out"),
+    [
+        ("top_level_plan", "model.norm", ["model.norm.weight"]),
+        ("top_level_plan", "lm_head", ["lm_head.weight"]),
+        *(
+            ("block_plan", line, [f"model.layers.{i}.{line}.weight" for i in range(2)])
+            for line in ("post_attention_layernorm", "self_attn.k_proj", "mlp.down_proj")
+        ),
+    ],
+)
+def test_a_forgotten_line_of_a_plan_is_an_error_that_names_the_parameters(ranks, plan, line, left_out):
+    for said in ranks(2, said_without, plan, line):
+        assert [word.strip(",:") for word in said.split() if word.strip(",:").endswith(".weight")] == left_out
+
+
+class OwnShare(parallel.ReplicatedLinear):
+    """Each rank goes on with its share of the output features."""
+
+    def own_part(self, output: torch.Tensor, mesh: parallel.DeviceMesh) -> torch.Tensor:
+        return output.chunk(mesh.size(), -1)[mesh.get_local_rank()]
+
+
+def gradients(tp: int, style: type[parallel.ParallelStyle] | None) -> dict[str, torch.Tensor]:
+    """The whole gradients of a micro-step, with `style` for gate_proj, which the other matrices take a part of."""
+    real = parallel.block_plan
+    changed = {"mlp.gate_proj": style()} if style else {}
+    with mock.patch.object(parallel, "block_plan", lambda *sizes: real(*sizes) | changed):
+        model, mesh = build(ParallelConfig(tp=tp))
+    tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+    with parallel.loss_context(mesh):
+        model(tokens, tokens).backward()
+    return {name: gather_full(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("tp", "style"), [(2, OwnShare), (4, OwnShare), (2, None)])
+def test_what_is_computed_whole_and_used_in_parts_has_the_gradient_of_one_rank(ranks, tp, style):
+    """Of the weight and of what was there before it; float32, summed in another order."""
+    (expected,) = ranks(1, gradients, 1, None)
+    for found in ranks(tp, gradients, tp, style):
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Slices
 
@@ -159,7 +217,10 @@ def full_parameters(config: ParallelConfig, changes: dict) -> dict[str, torch.Te
     model, _ = build(config, **changes)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert parallel.to_local(tensor).isfinite().all(), name
-    return {name: gather_full(parameter) for name, parameter in model.named_parameters()}
+    gathered = {name: gather_full(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parallel.whole(parameter), gathered[name]), name
+    return gathered
 
 
 def gather_full(parameter: torch.Tensor) -> torch.Tensor:
@@ -189,7 +250,10 @@ def gather_full(parameter: torch.Tensor) -> torch.Tensor:
     ids=str,
 )
 def test_initial_weights_are_the_same_on_every_mesh(ranks, world, config):
-    """Also where rows do not divide: 3 kv heads of 2 over 4 ranks leave 2, 2, 2 and none."""
+    """Also where rows do not divide: 3 kv heads of 2 over 4 ranks leave 2, 2, 2 and none.
+
+    `parallel.whole` puts them together again.
+    """
     changes = {"num_key_value_heads": 3, "head_dim": 2, "vocab_size": 250, "intermediate_size": 30}
     with torch.device("meta"):
         alone = Llama(ModelConfig(**{**MODEL, **changes}))

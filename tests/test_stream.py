@@ -17,15 +17,18 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import pytest
-from test_data import BOS, EOS, byte_tokenizer, texts_of, write_gzip, write_jsonl, write_lines, write_parquet
+from documents import BOS, EOS, byte_tokenizer, texts_of, write_gzip, write_jsonl, write_lines, write_parquet
 from test_train import Lab, assert_close, facts, without_bars
 
 import configs
+import corpus as corpus_module
 import data
-import stream
-from data import DataConfig, permutation
+from corpus import sources, stream
+from corpus import tokens as tokens_module
+from corpus.config import DataConfig
+from corpus.tokenizer import load_tokenizer, special_tokens
+from data import permutation
 from model import IGNORE_INDEX
-from stream import StreamRows
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -58,34 +61,57 @@ def make_config(dataset: Path | str, **changes) -> DataConfig:
     return DataConfig(**{**values, **changes})
 
 
-class Alone(StreamRows):
+class Now(stream.Ahead):
     """Does itself, and at once, what the process of a node does ahead."""
 
-    def prepare(self, files: list[int], upcoming: list[int]) -> None:
-        for file in (*files, *upcoming):
-            self.files.tokenize(file)
-        super().prepare(files, upcoming)
+    def start(self) -> None:
+        self.requests = self
+
+    def send(self, numbers: list[int]) -> None:
+        for file in numbers:
+            self.files.tokenize(file, self.tokenizer_json)
 
 
-def open_stream(config: DataConfig, run_dir: str = "run") -> Alone:
-    files, _ = stream.prepare(config, byte_tokenizer(BOS, EOS), Path(run_dir))
-    return Alone(files)
+def find_files(config: DataConfig, run_dir: str = "run") -> stream.Files:
+    addresses, tokenizer = sources.stream_files(config), byte_tokenizer(BOS, EOS)
+    folder, versions, _ = stream.prepare(config, tokenizer, Path(run_dir), addresses)
+    return stream.Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
 
 
-def batches(rows: StreamRows, size: int = 4, first_step: int = 1, seed: int = 0, counts=None) -> Iterator[list[int]]:
-    rows.start(counts, leads_node=False)
-    for batch in rows.global_batches(first_step, size, seed):
+def tokenize(files: stream.Files, file: int, *ended: threading.Event) -> None:
+    files.tokenize(file, byte_tokenizer(BOS, EOS).to_str(), *ended)
+
+
+def open_stream(config: DataConfig, run_dir: str = "run", size: int = 1, oldest_step=lambda: 0) -> stream.Stream:
+    files = find_files(config, run_dir)
+    ahead = Now(files, byte_tokenizer(BOS, EOS).to_str(), oldest_step)
+    return stream.Stream(files, files.known_counts(None), size, ahead)
+
+
+def batches(rows: stream.Stream, size: int = 4, first_step: int = 1, seed: int = 0, counts=None) -> Iterator[list[int]]:
+    rows.counts = rows.files.known_counts(counts)
+    for batch in data.global_batches(rows, first_step, size, seed):
         yield batch.tolist()
 
 
-def epoch_of(rows: StreamRows, size: int, epoch: int = 0, seed: int = 0) -> list[list[int]]:
+def epoch_of(rows: stream.Stream, size: int, epoch: int = 0, seed: int = 0) -> list[list[int]]:
     """The global batches of an epoch."""
     everything = batches(rows, size, seed=seed)
     next(everything)
     for file in range(len(rows.counts)):
-        rows.files.tokenize(file)
+        tokenize(rows.files, file)
     steps = sum(rows.files.wait(file) for file in range(len(rows.counts))) // size
     return list(islice(batches(rows, size, seed=seed), epoch * steps, (epoch + 1) * steps))
+
+
+def load(config: DataConfig, run_dir: str = "run") -> corpus_module.Corpus:
+    """As every rank loads what its node has prepared."""
+    tokenizer, addresses = byte_tokenizer(BOS, EOS), sources.stream_files(config)
+    folder, versions, val_paths = stream.prepare(config, tokenizer, Path(run_dir), addresses)
+    files = stream.Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
+    ahead = Now(files, tokenizer.to_str(), lambda: 10**9)
+    source = stream.Stream(files, files.known_counts(None), 1, ahead)
+    return corpus_module.load_stream(config, tokenizer, source, val_paths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +129,7 @@ def test_an_epoch_has_every_row_of_every_file_once_and_rows_have_every_token(cor
         expected = [text for text in texts if text is not None]
         assert not expected or texts_of(rows.open(file), byte_tokenizer(BOS, EOS), rows.files.special.eos) == expected
         found.update("".join(expected))
-    targets = rows.__getitems__(everything)[1]
+    targets = data.Reader(rows).__getitems__(everything)[1]
     targets = targets[targets != IGNORE_INDEX]
     eos = rows.files.special.eos
     assert (targets == eos).sum() == sum(text is not None for text in chain.from_iterable(TEXTS))
@@ -146,8 +172,10 @@ def test_what_lies_behind_is_not_read_again_when_the_checkpoint_has_its_counts(c
     reference = open_stream(make_config(corpus))
     steps = len(epoch_of(reference, 4))
     resumed, read = open_stream(make_config(corpus), "other"), []
-    texts_of_file = data.texts_of_file
-    monkeypatch.setattr(data, "texts_of_file", lambda *arguments: read.append(arguments) or texts_of_file(*arguments))
+    texts_of_file = sources.texts_of_file
+    monkeypatch.setattr(
+        sources, "texts_of_file", lambda *arguments: read.append(arguments) or texts_of_file(*arguments)
+    )
     next(batches(resumed, 4, first_step=steps, counts=reference.counts))
     behind = {*permutation(len(TEXTS), 0, 0)[:3].tolist()} - {*permutation(len(TEXTS), 0, 1)[:3].tolist()}
     assert behind and {Path(address).name for address, _ in read}.isdisjoint(f"{file}.jsonl" for file in behind)
@@ -155,7 +183,7 @@ def test_what_lies_behind_is_not_read_again_when_the_checkpoint_has_its_counts(c
 
 @pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(1, 24), (2, 3), (4, 6), (24, 1)])
 def test_dp_ranks_share_out_a_step_whatever_the_mesh_also_with_more_ranks_than_files(corpus, dp_size, micro_batch_size):
-    for rows in islice(open_stream(make_config(corpus)).global_batches(1, 24, 0), 5):
+    for rows in islice(data.global_batches(open_stream(make_config(corpus)), 1, 24, 0), 5):
         dealt = [data.deal(rows, micro_batch_size, dp_rank, dp_size) for dp_rank in range(dp_size)]
         of_ranks = [set(chain.from_iterable(batches)) for batches in dealt]
         assert sum(map(len, of_ranks)) == 24 and set().union(*of_ranks) == set(rows.tolist())
@@ -174,47 +202,65 @@ def test_epochs_and_seeds_have_orders_of_their_own(corpus):
 def test_the_disk_holds_the_windows_in_use_and_no_more(tmp_path):
     for i in range(40):
         write_jsonl(tmp_path / "many" / f"{i:02d}.jsonl", [f"{i} {j}" for j in range(i % 4 + 1)])
-    rows, most = open_stream(make_config(tmp_path / "many", stream_files=2)), 0
+    oldest, most = 0, 0
+    rows = open_stream(make_config(tmp_path / "many", stream_files=2), oldest_step=lambda: oldest)
     for step, batch in enumerate(islice(batches(rows, 3), 150), start=1):
-        rows.__getitems__(batch)
+        data.Reader(rows).__getitems__(batch)
+        most = max(most, len(list(rows.files.folder.glob("*.arrow"))))
         if step % 5 == 0:  # a checkpoint every 5 steps, of which the two newest are kept
-            rows.leads_node = True
-            rows.forget(step - 5)
-            most = max(most, len(list(rows.files.folder.glob("*.arrow"))))
-    # 10 steps of 3 rows reach over at most 10 windows, of 3 rows at least; then the next window, and the first file
-    assert most <= 2 * 10 + 2 + 1 < 40
+            oldest = max(0, step - 5)
+    # 10 steps of 3 rows reach over at most 10 windows, of 3 rows at least, and as many are used until the next of them
+    # is asked for; then that one and the next window, and the first file
+    assert most <= 2 * (10 + 5 + 1) + 2 + 1 < 40
     assert len(list(rows.files.folder.glob("*.rows"))) == 40
 
 
-def test_what_a_resume_from_the_oldest_kept_checkpoint_needs_is_still_there(corpus, monkeypatch):
+@pytest.mark.parametrize("size", [4, 9])
+def test_what_a_resume_from_the_oldest_kept_checkpoint_needs_is_still_there(corpus, monkeypatch, size):
     config = make_config(corpus, stream_files=2)
     for oldest in range(1, 12):
-        rows = open_stream(config, f"run{oldest}")
-        expected = list(islice(batches(rows, 4), oldest + 3))[oldest:]
-        rows.leads_node = True
-        rows.forget(oldest)
+        expected = []
+        oldest_step = lambda oldest=oldest, done=expected: min(oldest, len(done))  # noqa: E731
+        rows = open_stream(config, f"run{oldest}", oldest_step=oldest_step)
+        for batch in islice(batches(rows, size), oldest + 6):
+            expected.append(batch)
         with monkeypatch.context() as patch:
             patch.setattr(stream.time, "sleep", None)  # nobody would tokenise what it waited for
-            resumed = StreamRows(rows.files)
-            assert list(islice(batches(resumed, 4, oldest + 1, counts=rows.counts), 3)) == expected
+            resumed = stream.Stream(rows.files, rows.counts, 1)
+            assert list(islice(batches(resumed, size, oldest + 1, counts=rows.counts), 3)) == expected[oldest:][:3]
+
+
+def test_a_start_removes_nothing_that_an_older_checkpoint_than_its_own_needs(corpus):
+    """The windows of the steps between the two are known to no one any more."""
+    config, oldest = make_config(corpus, stream_files=1), 3
+    before = open_stream(config)
+    expected = list(islice(batches(before, 4), 12))
+    kept = set(before.files.folder.glob("*.arrow"))
+    resumed = open_stream(config, oldest_step=lambda: oldest)
+    assert next(batches(resumed, 4, first_step=9)) == expected[8]
+    assert set(before.files.folder.glob("*.arrow")) == kept
+    oldest = 8  # the older one is gone
+    again = open_stream(config, oldest_step=lambda: oldest)
+    assert next(batches(again, 4, first_step=9)) == expected[8]
+    assert set(before.files.folder.glob("*.arrow")) < kept
 
 
 def test_a_file_that_is_cut_off_is_not_taken_for_a_whole_one(corpus, monkeypatch):
     config = make_config(corpus)
     rows = open_stream(config)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(tokens_module, "encode_documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            rows.files.tokenize(5)
+            tokenize(rows.files, 5)
     ended = threading.Event()
     ended.set()
     with pytest.raises(SystemExit):
-        rows.files.tokenize(5, ended)
+        tokenize(rows.files, 5, ended)
     assert not any(rows.files.path(5, suffix).exists() for suffix in ("arrow", "rows", "error"))
     (rows.files.folder / ".tmp-of-a-killed-process").write_bytes(b"half")
     again = open_stream(config)
     assert list(rows.files.folder.glob(".tmp-*")) == []
-    again.files.tokenize(5)
+    tokenize(again.files, 5)
     assert texts_of(again.open(5), byte_tokenizer(BOS, EOS), again.files.special.eos) == TEXTS[5]
 
 
@@ -230,7 +276,7 @@ def test_a_file_that_has_changed_in_the_middle_of_a_run_is_refused(corpus):
 
 def test_training_waits_for_a_file_that_is_not_ready_and_no_longer_than_its_process_lives(corpus):
     files, started = open_stream(make_config(corpus)).files, time.monotonic()
-    timer = threading.Timer(0.4, files.tokenize, (5,))
+    timer = threading.Timer(0.4, tokenize, (files, 5))
     timer.start()
     assert files.wait(5) > 0 and time.monotonic() - started >= 0.4
     timer.join()
@@ -244,8 +290,8 @@ def test_training_waits_for_a_file_that_is_not_ready_and_no_longer_than_its_proc
 def test_what_goes_wrong_with_a_file_is_said_with_its_name(corpus, monkeypatch):
     files = open_stream(make_config(corpus)).files
     with monkeypatch.context() as patch:
-        patch.setattr(data, "encode_documents", lambda *_: 1 / 0)
-        files.tokenize(5)
+        patch.setattr(tokens_module, "encode_documents", lambda *_: 1 / 0)
+        tokenize(files, 5)
     with pytest.raises(ValueError, match=r"corpus/5.jsonl: division by zero"):
         files.wait(5)
     assert open_stream(make_config(corpus)).files.path(5, "error").exists() is False, "the next start tries again"
@@ -253,10 +299,9 @@ def test_what_goes_wrong_with_a_file_is_said_with_its_name(corpus, monkeypatch):
 
 def live_for_a_while(files: stream.Files, pipe) -> None:
     """A parent that starts the process of a node, says which, and then hangs."""
-    rows = StreamRows(files)
-    rows.start(None, leads_node=True)
-    rows.requests.send([5])
-    pipe.send(rows.process.pid)
+    ahead = stream.Ahead(files, byte_tokenizer(BOS, EOS).to_str(), lambda: 0)
+    ahead.request([5], [], 1)
+    pipe.send(ahead.process.pid)
     time.sleep(600)
 
 
@@ -296,35 +341,38 @@ def test_validation_documents_are_of_the_first_file_and_in_no_training_row(tmp_p
     for name in "ab":
         write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", [f"{name} {text}" for text in texts])
     config, tokenizer = make_config(tmp_path / "corpus", layout=layout, val_fraction=0.25), byte_tokenizer(BOS, EOS)
-    found = stream.load_corpus(config, tokenizer, *stream.prepare(config, tokenizer, Path("run")))
-    held_out, first = (texts_of(rows, tokenizer, found.special.eos) for rows in (found.validation, found.train.open(0)))
+    found, files = load(config), find_files(config)
+    rows = found.validation.open(0), found.source.open(0)
+    held_out, first = (texts_of(each, tokenizer, found.special.eos) for each in rows)
     assert len(held_out) == 5 and sorted(held_out + first) == sorted(f"a {text}" for text in texts)
-    found.train.files.tokenize(1)
-    assert texts_of(found.train.open(1), tokenizer, found.special.eos) == [f"b {text}" for text in texts]
-    assert found.train.files.wait(0) == len(found.train.open(0)), "the rows of the first file are counted without them"
-    found.train.forget(10**9)
-    assert found.train.files.path(0, "arrow").exists(), "the validation rows are read from it"
+    tokenize(files, 1)
+    assert texts_of(found.source.open(1), tokenizer, found.special.eos) == [f"b {text}" for text in texts]
+    assert files.wait(0) == len(found.source.open(0)), "the rows of the first file are counted without them"
+    found.source.prepare([1], [1], 1)
+    found.source.prepare([1], [1], 10)
+    assert files.path(0, "arrow").exists(), "the validation rows are read from it"
 
 
 def test_a_validation_set_of_its_own_leaves_every_document_to_training(tmp_path, corpus):
     others = write_jsonl(tmp_path / "others.jsonl", ["other 1", "other 2"])
     config = make_config(corpus, val_dataset=others, val_fraction=0.5)
-    tokenizer = byte_tokenizer(BOS, EOS)
-    found = stream.load_corpus(config, tokenizer, *stream.prepare(config, tokenizer, Path("run")))
-    assert texts_of(found.validation, tokenizer, found.special.eos) == ["other 1", "other 2"]
-    found.train.files.tokenize(1)
-    assert texts_of(found.train.open(1), tokenizer, found.special.eos) == TEXTS[1]
+    tokenizer, found = byte_tokenizer(BOS, EOS), load(config)
+    assert texts_of(found.validation.open(0), tokenizer, found.special.eos) == ["other 1", "other 2"]
+    tokenize(found.source.files, 1)
+    assert texts_of(found.source.open(1), tokenizer, found.special.eos) == TEXTS[1]
 
 
 def test_the_tokenizer_is_trained_on_the_first_files_and_no_more_are_read(tmp_path, monkeypatch):
     for name, letters in (("a", "ab "), ("b", "cd "), ("c", "zebra ")):
         write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", [letters * 100_000] * 4)
-    texts_of_file, read = data.texts_of_file, []
-    monkeypatch.setattr(data, "texts_of_file", lambda *arguments: read.append(arguments) or texts_of_file(*arguments))
+    texts_of_file, read = sources.texts_of_file, []
+    monkeypatch.setattr(
+        sources, "texts_of_file", lambda *arguments: read.append(arguments) or texts_of_file(*arguments)
+    )
     config = make_config(tmp_path / "corpus", tokenizer_vocab_size=300, tokenizer_train_mib=2)
-    trained = data.load_tokenizer(config)
+    trained = load_tokenizer(config)
     assert [Path(file).name for file, _ in read] == ["a.jsonl", "b.jsonl"]
-    assert data.load_tokenizer(config).to_str() == trained.to_str() and len(read) == 2, "once, then from the cache"
+    assert load_tokenizer(config).to_str() == trained.to_str() and len(read) == 2, "once, then from the cache"
 
 
 ANY = ["one", "", "  ", "two\nlines é 😀", None]
@@ -346,11 +394,11 @@ def test_documents_of_a_file_and_of_its_folder_are_the_same(tmp_path, write, exp
     (tmp_path / "folder").mkdir()
     file = write(tmp_path / "folder")
     (tmp_path / "folder" / "b").unlink(missing_ok=True)
-    assert list(data.texts_of_file(file, "text")) == expected
+    assert list(sources.texts_of_file(file, "text")) == expected
     pattern = str(tmp_path / "folder" / "*") + "".join(Path(file).suffixes)
-    assert data.source_files(make_config(file)) == data.source_files(make_config(pattern)) == [file]
+    assert sources.stream_files(make_config(file)) == sources.stream_files(make_config(pattern)) == [file]
     if expected:
-        assert data.source_files(make_config(tmp_path / "folder")) == [file]
+        assert sources.stream_files(make_config(tmp_path / "folder")) == [file]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +416,7 @@ def test_documents_of_a_file_and_of_its_folder_are_the_same(tmp_path, write, exp
 def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} cannot be read: .*: replace it") as error:
-        list(data.texts_of_file(str(tmp_path / name), "text"))
+        list(sources.texts_of_file(str(tmp_path / name), "text"))
     assert re.search(message, str(error.value)), error.value
 
 
@@ -395,7 +443,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, corpus, changes, message):
         key: str(value).format(folder=tmp_path) if key != "val_fraction" else value for key, value in changes.items()
     }
     with pytest.raises(ValueError, match=message):
-        next(batches(open_stream(make_config(**{"dataset": corpus, **changes})), size))
+        next(batches(open_stream(make_config(**{"dataset": corpus, **changes}), size=size), size))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """The command line from end to end: laws 1, 2, 6 and 7 as a user meets them, each command in processes of its own."""
 
 import contextlib
-import faulthandler
-import gc
 import io
 import json
 import math
@@ -34,8 +32,10 @@ import configs
 import data
 import parallel
 import train
+from checkpoint import step_of
 from configs import Config, OptimConfig, TrainConfig
 from model import Llama, ModelConfig
+from runtime.ranks import UserError
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
@@ -223,10 +223,6 @@ def assert_close(lines: list[dict[str, Any]], reference: list[dict[str, Any]]) -
         assert line == pytest.approx(expected, rel=tolerance), f"step {expected['step']}"
 
 
-class Stopped(Exception):
-    """Instead of the end of a process that other tests still need."""
-
-
 def train_here(
     arguments: list[str],
     cache: str,
@@ -281,9 +277,6 @@ def train_here(
         optimizer.step = watched_step
         return optimizer
 
-    def stop(message: str) -> None:
-        raise Stopped(message)
-
     screen = io.StringIO()  # no file: what `meanwhile` does to disks is not to break the progress bar
     screen.fileno = lambda: sys.__stderr__.fileno()  # faulthandler asks for it
 
@@ -291,18 +284,16 @@ def train_here(
     with (
         mock.patch.object(Llama, "forward", broken_forward),
         mock.patch.object(train, "make_optimizer", make_watched_optimizer),
-        mock.patch.object(parallel, "stop_all_ranks", stop),
         mock.patch.object(os, "access", access),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(screen),
     ):
         try:
-            train.train(config, torch.device("cpu"))
-        except Stopped as stopped:
-            message = str(stopped)
+            for _ in train.train(config, torch.device("cpu")):
+                pass
+        except UserError as error:
+            message = str(error)
         finally:
-            gc.collect()  # what ended early lets go of its lock, as a process does that ends
-            faulthandler.cancel_dump_traceback_later()
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     return {"message": message, "printed": printed.getvalue(), "states": states}
 
@@ -397,14 +388,14 @@ def test_the_same_command_again_says_what_can_be_done_and_changes_nothing(lab, r
     assert snapshot(run_dir) == before
 
 
-def test_extending_a_run_continues_it_and_says_that_the_cosine_changes(lab):
+def test_extending_a_run_continues_it_and_says_that_the_schedule_changes(lab):
     reference, _ = lab.reference(1)
     run_dir = lab.folder / "extended"
     shutil.copytree(reference, run_dir)
     # the recorded configuration is one that can be given
     result = lab.run_to_end(reference / "config.toml", f"--run.dir={run_dir}", "--train.steps=23")
     assert f"resumed from {run_dir}/checkpoints/step_00000020" in result.stdout
-    assert re.search(r"23 steps.* 20.*cosine", result.stdout)
+    assert re.search(r"23 steps.* 20.*schedule", result.stdout)
     lines = facts(run_dir)
     assert lines[:-4] == facts(reference)
     training, evaluation = split(lines[-4:])
@@ -426,7 +417,7 @@ def test_resume_after_two_kills_is_bitwise_identical_also_with_a_loader_worker(l
     assert not (checkpoints / "step_00000018").exists(), "killed too late to tell anything"
     result = lab.run_to_end(*command)
     assert without_bars(result.stderr) == ""
-    assert f"resumed from {checkpoints}/step_000000" in result.stdout and "cosine" not in result.stdout
+    assert f"resumed from {checkpoints}/step_000000" in result.stdout and "schedule" not in result.stdout
     assert facts(run_dir) == facts(lab.reference(1)[0])
 
 
@@ -772,6 +763,69 @@ def test_a_second_job_in_a_run_directory_is_refused_until_the_first_has_ended_ev
     assert facts(run_dir) == facts(lab.reference(1)[0])
 
 
+def test_a_second_job_hears_within_seconds_that_the_first_one_which_goes_on_saving_has_the_directory(lab):
+    """Whatever checkpoint the first one is just writing or removing, nothing is called damaged, and nothing is read."""
+    run_dir = lab.folder / "busy"
+    command = (f"--run.dir={run_dir}", "--train.steps=100000", "--checkpoint.every=1", "--checkpoint.keep=1")
+    first, deadline = lab.start(*command, "--train.eval_every=0"), time.monotonic() + 400
+    while not (run_dir / "checkpoints/step_00000003").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    try:
+        for ranks in (1, 2, 1):
+            before = max(step_of(path) for path in checkpoint.complete_checkpoints(run_dir))
+            second = lab.run(*command, "--data.dataset=nowhere.jsonl", ranks=ranks)  # refused before it is looked for
+            assert second.stdout == "" and second.stderr.count("is in use by another job: ") == 1
+            assert "damaged" not in second.stderr and "nowhere" not in second.stderr
+            assert max(step_of(path) for path in checkpoint.complete_checkpoints(run_dir)) > before, "it goes on"
+        assert first.poll() is None
+    finally:
+        kill(first)
+
+
+def test_of_two_jobs_that_start_together_in_a_new_run_directory_one_trains_and_the_other_is_told(lab):
+    run_dir = lab.folder / "together"
+    jobs = [lab.start(f"--run.dir={run_dir}", "--train.steps=4") for _ in range(2)]
+    results = sorted((job.returncode, without_bars(errors)) for job in jobs for _, errors in [job.communicate()])
+    (status, errors), (other, message) = results
+    assert (status, errors, other) == (0, "", 2)
+    assert re.fullmatch(rf"error: run.dir={run_dir} is in use by another job: .*", message)
+    assert facts(run_dir)[-1]["step"] == 4
+
+
+def settle_late(run_dir: Path, *arguments: Any) -> Config:
+    """Another job makes the directory while this one tokenizes."""
+    if dist.get_rank() == 0:
+        run_dir.mkdir()
+    return settle(*arguments)
+
+
+settle = configs.settle
+
+
+def claim_too_late(arguments: list[str], cache: str) -> str:
+    run_dir = Path(configs.load(arguments).run.dir)
+    with mock.patch.object(configs, "settle", partial(settle_late, run_dir)):
+        return train_here(arguments, cache)["message"]
+
+
+def test_who_comes_second_to_a_new_run_directory_hears_it_at_the_claim_and_writes_nothing(lab, ranks):
+    run_dir = lab.folder / "claimed"
+    arguments = [str(lab.config), f"--data.dataset={lab.documents}", f"--run.dir={run_dir}", "--parallel.tp=2"]
+    for message in ranks(2, claim_too_late, arguments, str(lab.folder / "hf/d")):
+        assert message.startswith(f"run.dir={run_dir} is in use by another job: ")
+    assert list(run_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [[], [".lock"]], ids=["empty", "only .lock"])
+def test_a_directory_that_is_empty_or_holds_only_a_lock_is_a_new_run(lab, train_on, content):
+    run_dir = lab.folder / f"new_{len(content)}"
+    run_dir.mkdir()
+    for name in content:
+        (run_dir / name).touch()
+    (result,) = train_on(1, run_dir, ["--train.steps=4", "--checkpoint.resume=never"])
+    assert result["message"] is None and facts(run_dir)[-1]["step"] == 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Skipped steps
 
@@ -824,8 +878,9 @@ def test_a_skipped_step_is_reported_with_its_rows_on_the_screen_and_in_the_metri
     skipped = {line["step"]: line["skipped_rows"] for line in read_metrics(run_dir) if "skipped_rows" in line}
     assert skipped.keys() == {2, 5}
     config = configs.load([str(lab.config), *SHORT]).train
+    source = mock.Mock(window=0, counts=[num_rows])
     for step, rows in skipped.items():
-        assert rows == data.rows_of_step(step, num_rows, config.global_batch_size, config.seed).tolist()
+        assert rows == data.rows_of_step(source, step, config.global_batch_size, config.seed).tolist()
         assert f"step {step} skipped: its loss or gradient is not finite; rows {rows}\n" in result["printed"]
     steps = [line["step"] for line in read_metrics(run_dir)]
     assert steps == [2, 2, 4, 5, 6, 8], "with the next line or checkpoint"
@@ -1111,15 +1166,15 @@ def test_weight_decay_shrinks_every_matrix_and_no_norm():
 def test_what_does_not_fit_the_data_is_refused_with_value_rule_and_remedy(model, options, words):
     config = Config(model=ModelConfig(**model), train=TrainConfig(**{"global_batch_size": 8, **options}))
     with pytest.raises(ValueError) as error:
-        train.resolve_with_data(config, vocabulary=300, num_rows=50)
+        configs.settle(config, vocabulary=300, num_rows=50)
     assert all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize(("vocabulary", "rounded"), [(256, 256), (257, 384), (1, 128)])
 def test_the_data_settles_vocabulary_and_steps(vocabulary, rounded):
     config = Config(train=TrainConfig(global_batch_size=8, epochs=3), optim=OptimConfig(warmup_steps=5))
-    train.resolve_with_data(config, vocabulary, num_rows=47)
-    assert (config.model.vocab_size, config.train.steps) == (rounded, 3 * 5)
-    train.resolve_with_data(config, vocabulary, num_rows=1000)
-    assert config.train.steps == 15, "what was given stays"
-    assert configs.flatten(config)["train.epochs"] == 3
+    settled = configs.settle(config, vocabulary, num_rows=47)
+    assert (settled.model.vocab_size, settled.train.steps) == (rounded, 3 * 5)
+    assert (config.model.vocab_size, config.train.steps) == (0, 0), "what is settled is returned"
+    assert configs.settle(settled, vocabulary, num_rows=1000).train.steps == 15, "what was given stays"
+    assert configs.flatten(settled)["train.epochs"] == 3

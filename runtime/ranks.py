@@ -1,0 +1,233 @@
+"""Ranks: how they start, how they agree, and how they fail: together, with one message.
+
+What one rank alone decides (is there a checkpoint? is the disk full?) would let the others wait for it for ever. So
+whatever may go wrong on one rank goes through a function of this file, which all ranks call alike:
+
+    together(f)          every rank runs f
+    on_rank_0(f)         rank 0 runs f; its result is everybody's
+    on_each_node(f)      the first rank of each node runs f; its result is that of its node
+    same_everywhere(...) a value that must not differ
+
+They return on all ranks or raise on all ranks. `f` must not communicate: a rank that failed would not take part.
+"""
+
+import contextlib
+import ctypes
+import gc
+import hashlib
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public name for it
+
+SETUP_TIMEOUT = timedelta(hours=12)  # the first rank of a node may tokenise a large corpus while the others wait
+PEER_PATIENCE_SECONDS = 30  # how long a silent rank waits to be ended after another one has told why
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that ask a run to stop
+
+
+class UserError(ValueError):
+    """What a user got wrong: value, rule and remedy. It is raised on all ranks alike, and `main` says it once."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank met a bug: the message names it, and that rank shows its traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agree and fail together
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, on every rank. Small ones: each rank receives them all."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast(value: Any, source: int = 0) -> Any:
+    """The value of one rank, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+def together(function: Callable[[], Any] | None, group: dist.ProcessGroup | None = None) -> Any:
+    """This rank's `function()`, once every rank has done its own; None where there is nothing to do.
+
+    Where a rank raised UserError or OSError, all raise one UserError. Where it raised anything else, which is a bug and
+    outranks that, it raises the same again and the others raise PeerFailed.
+    """
+    result = error = None
+    try:
+        result = function() if function else None
+    except Exception as caught:
+        error = caught
+    by_user = isinstance(error, UserError | OSError)
+    text = (str(error) or repr(error)) if by_user else f"{type(error).__name__}: {error}"
+    reports = gather(None if error is None else (by_user, text), group)  # texts: an exception may not pickle
+    bugs = [f"rank {rank}: {report[1]}" for rank, report in enumerate(reports) if report and not report[0]]
+    if bugs and error is not None and not by_user:
+        raise error
+    if bugs:
+        raise PeerFailed(bugs[0])
+    messages = [report[1] for report in reports if report]
+    if messages:
+        raise UserError(messages[0]) from error
+    return result
+
+
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """Rank 0's `function()`, on every rank. Errors as in `together`."""
+    return broadcast(together(function if dist.get_rank() == 0 else None))
+
+
+def on_each_node(function: Callable[[], Any]) -> Any:
+    """On every rank, the `function()` of its node's first rank. Errors as in `together`."""
+    leaders = node_leaders()
+    own = leaders[dist.get_rank()]
+    result = together(function if dist.get_rank() == own else None)
+    results = {leader: broadcast(result, leader) for leader in sorted(set(leaders))}  # one after the other: less memory
+    return results[own]
+
+
+def same_everywhere(what: str, value: str, remedy: str) -> None:
+    """Raise UserError if `value` is not the same on all ranks."""
+    if len(set(gather(hashlib.sha256(value.encode()).hexdigest()))) > 1:
+        raise UserError(f"{what} is not the same on all nodes: {remedy}")
+
+
+def node_leaders() -> list[int]:
+    """By rank, the first rank on the same node. Asked of the nodes: a launcher need not set any variable."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")  # on Linux; containers on one machine have names of their own
+    names = gather((socket.gethostname(), boot_id.read_text() if boot_id.exists() else ""))
+    return [names.index(name) for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start and end a process
+
+
+def world_size() -> int:
+    """Ranks in the job, known before there is a process group: torchrun says so in the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def tune_process() -> None:
+    """What training on a CPU asks of a Linux with glibc. Call it first: threads inherit how they are scheduled."""
+    if hasattr(os, "SCHED_BATCH"):
+        # A thread that wakes up waits for its turn. gloo's network thread would often push aside the very thread that
+        # holds the lock it wants, and spin until that one's next turn.
+        with contextlib.suppress(PermissionError):  # in a sandbox
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if platform.libc_ver()[0] == "glibc":
+        # What a step frees is kept: the next one would have every page of its tensors faulted in again.
+        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # malloc.h
+        libc.mallopt(m_mmap_threshold, 2**30)  # bytes
+        libc.mallopt(m_trim_threshold, -1)  # never
+
+
+def init_distributed(deterministic: bool = False) -> torch.device:
+    """Start the process group, also for one process; returns this rank's device: CUDA with NCCL, else CPU with gloo."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:  # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size()))
+        tune_process()
+    store, rank, size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
+        # torchrun --max-restarts keeps its store, and in it the addresses of ranks that are gone (pytorch#135712). Only
+        # on a single node do all ranks know the same number of restarts.
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if size == local_world_size() else "any"
+        store = dist.PrefixStore(f"restart_{restarts}", store)
+    backend, device_id = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=SETUP_TIMEOUT, device_id=device_id
+    )
+    return device
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes that are started inside never see the signals: torchrun sends them to loader workers and wandb too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    resource_tracker.ensure_running()  # multiprocessing's helper; its start unblocks SIGINT and SIGTERM here, so:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_group(deterministic: bool) -> None:
+    """Raise UserError, on all ranks, unless there is a process group that can reduce CPU tensors.
+
+    `deterministic`: and torch is set to use deterministic algorithms only, which is up to whoever owns the process.
+    """
+    if not dist.is_initialized():
+        raise UserError("there is no process group: start train.py, or call torch.distributed.init_process_group first")
+    if deterministic and not torch.are_deterministic_algorithms_enabled():
+        raise UserError(
+            "train.deterministic=true: call torch.use_deterministic_algorithms(True) before, or leave it out"
+        )
+    try:
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        raise UserError(
+            f"the process group ({dist.get_backend()}) cannot reduce CPU tensors, as votes and asynchronous saves do: "
+            'start it with backend="cpu:gloo,cuda:nccl"'
+        ) from error
+
+
+def set_timeout(mesh: DeviceMesh, seconds: int) -> None:
+    """How long a collective waits for the slowest rank, on all groups, from now on."""
+    for group in (None, *mesh.get_all_groups()):
+        _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def leave_together() -> None:
+    """The end of the process group. Whoever calls has let go of the model.
+
+    gloo sometimes aborts a process that exits while tensors of a model are alive: collect the cycles first.
+    """
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def end_process(error: UserError | PeerFailed) -> NoReturn:
+    """End with status 2 and one message for a person. Every rank comes here, and rank 0 speaks.
+
+    The others keep silent and wait to be ended: torchrun ends everybody as soon as one process exits, and the message
+    would be lost. If nobody ended them, the error is this node's alone. Where a peer met a bug, that one shows it.
+    """
+    is_main, failed = int(os.environ.get("RANK", 0)) == 0, isinstance(error, PeerFailed)
+    if failed or not is_main:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PEER_PATIENCE_SECONDS)
+    if is_main or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)
