@@ -33,7 +33,7 @@ import data
 import parallel
 import train
 from checkpoint import step_of
-from configs import Config, OptimConfig, TrainConfig
+from configs import Config, OptimConfig
 from model import Llama, ModelConfig
 from runtime.ranks import UserError
 
@@ -1152,29 +1152,3 @@ def test_weight_decay_shrinks_every_matrix_and_no_norm():
         decay = 1.0 if "norm" in name else 1 - 0.1 * 0.5
         torch.testing.assert_close(parameter.detach(), before[name] * decay)
     assert all((group["betas"], group["eps"]) == ((0.8, 0.9), 1e-7) for group in optimizer.param_groups)
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "words"),
-    [
-        ({"vocab_size": 256}, {}, ["model.vocab_size=256", "300", "384"]),
-        ({}, {"global_batch_size": 51}, ["50 training rows", "train.global_batch_size=51"]),
-        ({}, {"epochs": 9}, ["optim.warmup_steps=100", "54 steps"]),
-    ],
-    ids=["vocabulary", "rows", "warm-up"],
-)
-def test_what_does_not_fit_the_data_is_refused_with_value_rule_and_remedy(model, options, words):
-    config = Config(model=ModelConfig(**model), train=TrainConfig(**{"global_batch_size": 8, **options}))
-    with pytest.raises(ValueError) as error:
-        configs.settle(config, vocabulary=300, num_rows=50)
-    assert all(word in str(error.value) for word in words)
-
-
-@pytest.mark.parametrize(("vocabulary", "rounded"), [(256, 256), (257, 384), (1, 128)])
-def test_the_data_settles_vocabulary_and_steps(vocabulary, rounded):
-    config = Config(train=TrainConfig(global_batch_size=8, epochs=3), optim=OptimConfig(warmup_steps=5))
-    settled = configs.settle(config, vocabulary, num_rows=47)
-    assert (settled.model.vocab_size, settled.train.steps) == (rounded, 3 * 5)
-    assert (config.model.vocab_size, config.train.steps) == (0, 0), "what is settled is returned"
-    assert configs.settle(settled, vocabulary, num_rows=1000).train.steps == 15, "what was given stays"
-    assert configs.flatten(settled)["train.epochs"] == 3
