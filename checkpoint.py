@@ -14,7 +14,6 @@ on from.
 import json
 import shutil
 import threading
-import warnings
 import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -138,13 +137,14 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.pending: Future[Path] | None = None  # of the newest save, until its completion has been told
-        self.abandoned = False
+        self.abandoned, self.lock = False, threading.Lock()
 
     def __enter__(self) -> "Saver":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.abandoned = True
+        with self.lock:  # waits for this rank's disk at most
+            self.abandoned = True
 
     def writing(self) -> bool:
         return self.pending is not None and not self.pending.done()
@@ -163,18 +163,23 @@ class Saver:
         self.pending, told = None, self.pending
         return [] if told is None else [("checkpoint", told.result())]
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Write step_<step> and remove old checkpoints. All ranks together; raises UserError on all of them."""
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> list[tuple]:
+        """Write step_<step> and remove old checkpoints. All ranks together; raises UserError on all of them.
+
+        Returns what is complete now and was not told before, as `completed` does.
+        """
         self.wait()
+        told = self.completed()
         model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
         tensors, state = {"model": model_state, "optimizer": moments(optimizer_state)}, {**state, "step": step}
         self.pending = Future()
         if self.config.async_save:
             arguments = (self.pending, BlockingAsyncStager().stage(tensors), state)
             threading.Thread(target=self.finish, args=arguments, daemon=True).start()
-        else:
-            self.finish(self.pending, tensors, state)
-            self.wait()
+            return told
+        self.finish(self.pending, tensors, state)
+        self.wait()
+        return told + self.completed()
 
     def finish(self, pending: Future, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         if self.gpu is not None:
@@ -189,13 +194,14 @@ class Saver:
         rank, final = dist.get_rank(), step_folder(self.run_dir, state["step"])
         unfinished, together = final.with_name(f".tmp-{final.name}"), partial(ranks.together, group=self.group)
         try:
-            again = any(ranks.gather(rank == 0 and final.is_dir(), self.group))  # then only state.json has changed
-            written = final if again else unfinished
-            if not again:
+            if any(ranks.gather(rank == 0 and final.is_dir(), self.group)):  # only state.json has changed since
+                written, state["files"] = final, read_state(final)["files"]
+            else:
+                written = unfinished
                 together(unfinished.mkdir if rank == 0 else None)  # dcp would make a run that has vanished anew
                 dcp.save(tensors, storage_writer=Writer(unfinished), process_group=self.group)
-            sums = together(lambda: {file.name: checksum(file) for file in written_by(rank, written)})
-            state["files"] = {name: entry for own in ranks.gather(sums, self.group) for name, entry in own.items()}
+                sums = together(lambda: {file.name: checksum(file) for file in written_by(rank, unfinished)})
+                state["files"] = {name: entry for own in ranks.gather(sums, self.group) for name, entry in own.items()}
             together(partial(self.complete, written, final, state) if rank == 0 else None)
         except (CheckpointException, ranks.UserError) as error:
             done = complete_checkpoints(self.run_dir)
@@ -208,10 +214,11 @@ class Saver:
 
     def complete(self, written: Path, final: Path, state: dict[str, Any]) -> None:
         """Rank 0: from here on it counts; then remove what is older than the newest `keep`, but for milestones."""
-        if self.abandoned:
-            raise ranks.UserError("the run has ended meanwhile")
-        write_state(written, state)
-        written.rename(final)
+        with self.lock:
+            if self.abandoned:
+                raise ranks.UserError("the run has ended meanwhile")
+            write_state(written, state)
+            written.rename(final)
         for old in complete_checkpoints(self.run_dir)[: -self.config.keep]:
             if not self.config.keep_every or step_of(old) % self.config.keep_every:
                 trash = old.with_name(f".tmp-{old.name}")  # so that a kill leaves no half-removed checkpoint behind
@@ -241,7 +248,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
     tensors = {"model": model_state, "optimizer": moments(optimizer_state)}
     ranks.together(partial(check_fit, path, tensors))
-    dcp.load(tensors, storage_reader=Reader(path))  # in place
+    try:
+        dcp.load(tensors, storage_reader=Reader(path))  # in place
+    except CheckpointException as error:
+        raise ranks.UserError(f"{path} could not be loaded: {cause(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=OPTIONS)
 
 
@@ -258,10 +268,3 @@ def check_fit(path: Path, tensors: dict[str, dict[str, Any]]) -> None:
             f"{path} does not fit this model and optimizer:\n" + "\n".join(lines) + more + "\n"
             "go on with the code and configuration that wrote it, or start over in another --run.dir"
         )
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load weights alone into an unsharded model, without a process group."""
-    with warnings.catch_warnings():  # there is no process group, on purpose
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load({"model": model.state_dict()}, storage_reader=Reader(path))

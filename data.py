@@ -220,11 +220,6 @@ class Reader(Dataset):
         return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
 
 
-def as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`Reader` makes whole batches already; a lambda could not be sent to a spawned worker."""
-    return batch
-
-
 def make_loader(
     source: Source, micro_batches: Iterable[list[int]], num_workers: int, device: torch.device
 ) -> DataLoader:
@@ -236,7 +231,7 @@ def make_loader(
         Reader(source),
         batch_sampler=micro_batches,
         num_workers=num_workers,
-        collate_fn=as_it_is,
+        collate_fn=tuple,  # `Reader` makes whole batches already
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if num_workers else None,
     )

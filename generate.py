@@ -17,6 +17,7 @@ from corpus.config import DataConfig
 from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
 from model import Llama, ModelConfig
 from runtime.ranks import UserError
+from runtime.storage import load_weights
 
 
 def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, SpecialTokens]:
@@ -35,7 +36,7 @@ def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, Spe
         model = Llama(ModelConfig(**tables["model"]))
     model.to_empty(device=device)
     model.init_weights(seed=0)  # for the buffers, which checkpoints do not hold
-    checkpoint.load_weights(checkpoints[-1], model)
+    load_weights(checkpoints[-1], model)
     special = special_tokens(tokenizer, DataConfig(**tables["data"]))
     return model, tokenizer, special
 

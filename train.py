@@ -109,7 +109,7 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
         run = hold(RunDirectory(config))
         start_up.done("checkpoint search")
         size, counts = config.train.global_batch_size, run.state.get("rows_of_files")
-        corpus = hold(open_corpus(config.data, run.path, size, counts, run.needed_from))
+        corpus = hold(open_corpus(config.data, run.path, size, counts, run.needed_from, run.own_tokenizer))
         config = ranks.together(partial(configs.settle, config, corpus.vocabulary, corpus.num_rows))
         train, optim, steps = config.train, config.optim, config.train.steps
         start_up.done("data")
@@ -134,12 +134,12 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
         with ranks.signals_held():  # which loader workers and wandb are not to see
             order = (corpus.source, run.step + 1, steps, size, train.micro_batch_size, train.seed)
             batches = hold(data.batches(*order, dp_rank, dp_size, config.data.num_workers, device))
-            monitor = hold(Monitor(config.run, run.step, steps, run.state.get("wandb_id"), configs.flatten(config)))
+            wandb_id, flat = run.state.get("wandb_id"), configs.flatten(config)
+            monitor = hold(ranks.together(partial(Monitor, config.run, run.step, steps, wandb_id, flat)))
         tokens_seen = torch.tensor(run.state.get("tokens", 0), dtype=torch.float64, device=device)
         flops = size * config.data.seq_len * flops_per_token(config.model, config.data.seq_len) / dist.get_world_size()
         meter = Meter(flops, device, run.step, int(tokens_seen))
-        rows_of_step = partial(data.rows_of_step, corpus.source, size=size, seed=train.seed)
-        skipped = SkippedSteps(train.max_skipped_steps, monitor, rows_of_step, corpus.source.names, saver.wait)
+        skipped = SkippedSteps(train, corpus.source, data.rows_of_step, monitor, saver.wait)
         evaluated = run.step - run.state.get("unevaluated", False)
 
         for done in range(run.step, steps + 1):
@@ -148,6 +148,7 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
             evaluate_now = bool(corpus.validation) and done > 0 and due(done, train.eval_every, steps)
             news = own  # is there something that no checkpoint has?
             if evaluate_now and done > evaluated:
+                yield from skipped.report()
                 with meter.paused():
                     abandon = partial(shutdown.agreed, watch=own, final=last)
                     result = evaluate(model, mesh, train, corpus.validation, abandon)
@@ -155,16 +156,15 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
                     evaluated, news = done, True
                     yield monitor.log({"step": done, **result})
             stopping, saved = shutdown.vote(monitor.problems + saver.problems(), saver.writing(), watch=own, final=last)
-            if saved:
-                yield from saver.completed()
+            yield from saver.completed() if saved else ()
             if (stopping and news) or (own and due(done, config.checkpoint.every, steps)):
                 yield from skipped.report()
                 ranks.together(monitor.check)  # a line that could not be written must not lie behind a checkpoint
-                status = "stopped" if stopping else "complete" if last else "saved"
                 state = {"tokens": int(tokens_seen.item()), "unevaluated": evaluate_now and done > evaluated}
                 state |= {"rows_of_files": corpus.source.counts, "wandb_id": monitor.wandb_id}
                 with meter.paused(), shutdown.unwatched():
-                    saver.save(done, model, optimizer, run.record(f"{status} at step {done}", **state))
+                    told = saver.save(done, model, optimizer, run.record(done, stopping, **state))
+                yield from told
             if stopping or last:
                 break
 
@@ -203,8 +203,8 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
                 speed = meter.line(step, int(total))
                 yield monitor.log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
 
-        with shutdown.unwatched():
-            saver.wait()
+        shutdown.rest()
+        saver.wait()
         yield from saver.completed()
     run.say_how_it_ended(done, stopping)
 

@@ -56,13 +56,15 @@ def opened(
     global_batch_size: int,
     counts: list[int | None] | None,
     oldest_step: Callable[[], int],
+    tokenizer_json: Path | None = None,
 ) -> Iterator[Corpus]:
     """The corpus, tokenised as far as it has to be, while inside. All ranks enter together; UserError, on all alike.
 
     `counts` are the rows of each file according to the checkpoint that goes on, `oldest_step` is asked from which step
-    on the run may have to be resumed. Leaving waits for no other rank.
+    on the run may have to be resumed; `tokenizer_json` was trained before for this very run. Leaving waits for no other
+    rank.
     """
-    tokenizer = Tokenizer.from_str(ranks.on_rank_0(lambda: tokenizer_of_run(config, run_dir).to_str()))
+    tokenizer = Tokenizer.from_str(ranks.on_rank_0(lambda: tokenizer_of_run(config, tokenizer_json).to_str()))
     with contextlib.ExitStack() as resources:
         if config.streaming:
             addresses = ranks.on_rank_0(partial(stream_files, config))
@@ -87,9 +89,9 @@ def opened(
         yield corpus
 
 
-def tokenizer_of_run(config: DataConfig, run_dir: Path) -> Tokenizer:
-    recorded = run_dir / "tokenizer.json"  # trained before for this very run
-    reuse = config.tokenizer == "train" and recorded.exists()
+def tokenizer_of_run(config: DataConfig, recorded: Path | None) -> Tokenizer:
+    """`recorded`: the tokenizer.json of a run that goes on from a checkpoint of its own."""
+    reuse = config.tokenizer == "train" and recorded is not None and recorded.exists()
     return load_tokenizer(replace(config, tokenizer=str(recorded)) if reuse else config)
 
 

@@ -12,7 +12,7 @@ The contract of data.py holds here too, with files in the place of documents:
 
 In the cache of `datasets`, for each run:
 
-    stream-<key>/<version of the file>.arrow     its tokens; removed when no kept checkpoint needs them any more
+    stream-<key>/<version of the file>.arrow     its tokens; removed when none of the newest checkpoints needs them
                                       .rows      how many rows they make
                                       .error     why there are none; removed at the next start
 """
@@ -156,6 +156,7 @@ class Ahead:
     def __init__(self, files: Files, tokenizer_json: str, oldest_step: Callable[[], int]):
         self.files, self.tokenizer_json, self.oldest_step = files, tokenizer_json, oldest_step
         self.windows: list[tuple[int, list[int]]] = []  # the first step that may take rows of each, and its files
+        self.requested: list[int] = []  # most recently
         self.process: BaseProcess | None = None
 
     def start(self) -> None:
@@ -170,14 +171,18 @@ class Ahead:
         self.finalize = Finalize(self, stop, (self.process, self.requests, self.files.folder), exitpriority=10)
 
     def stop(self) -> None:
+        """What was asked for and is not there will not come: whoever on this node waits for it is told."""
         if self.process is not None:
             self.finalize()
+            for file in (file for file in self.requested if not self.files.is_tokenized(file)):
+                self.files.write(file, "error", "the rank that leads this node has ended")
 
     def request(self, files: list[int], upcoming: list[int], step: int) -> None:
         """A window and the next one, in the order of the steps that need them."""
         if self.process is None:
             self.start()
         self.windows.append((step, files))
+        self.requested = [*files, *upcoming]
         with contextlib.suppress(BrokenPipeError):  # `wait` says that it has died
             self.requests.send([*files, *upcoming])
         self.forget(upcoming)

@@ -145,6 +145,7 @@ class Monitor:
         first, last = run.profile_steps or (0, 0)
         traced = is_main and step < first <= total_steps
         self.profiler = torch.profiler.profile() if traced else None
+        self.tracing = False
         self.profiled = first, min(last, total_steps), run_dir / f"trace_steps_{first}_{last}.json"
         self.trace(step)
 
@@ -153,6 +154,8 @@ class Monitor:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
+        if self.profiler is not None and self.tracing:
+            self.profiler.stop()
         if self.metrics is not None:
             with contextlib.suppress(OSError):  # a line that could not be written is among the problems already
                 self.metrics.close()
@@ -193,20 +196,23 @@ class Monitor:
         first, last, path = self.profiled
         if self.profiler is not None and step == first - 1:
             self.profiler.start()
+            self.tracing = True
         if self.profiler is not None and step == last:
             self.profiler.stop()
+            self.tracing = False
             self.profiler.export_chrome_trace(str(path))
 
 
 class SkippedSteps:
     """Which steps the optimizer has skipped because their loss or gradient was not finite.
 
-    `rows_of_step` and `names` say which rows such a step had; `finish` is called before the run is given up.
+    `train` is the section of that name; `source` and `rows_of_step` say which rows such a step had; `finish` is called
+    before the run is given up.
     """
 
-    def __init__(self, allowed: int, monitor: "Monitor", rows_of_step: Callable, names: Callable, finish: Callable):
-        self.allowed, self.monitor, self.rows_of_step, self.names = allowed, monitor, rows_of_step, names
-        self.finish, self.unread, self.in_a_row, self.most_in_a_row = finish, [], 0, 0
+    def __init__(self, train: Any, source: Any, rows_of_step: Callable, monitor: "Monitor", finish: Callable):
+        self.train, self.source, self.rows_of_step = train, source, rows_of_step
+        self.monitor, self.finish, self.unread, self.in_a_row, self.most_in_a_row = monitor, finish, [], 0, 0
 
     def record(self, step: int, flag: Tensor) -> None:
         """The flag, the same on all ranks, stays on the device."""
@@ -221,13 +227,15 @@ class SkippedSteps:
             self.in_a_row = self.in_a_row + 1 if flag else 0
             self.most_in_a_row = max(self.most_in_a_row, self.in_a_row)
             if flag:
-                yield self.monitor.log({"step": step, "skipped_rows": self.names(self.rows_of_step(step))})
+                rows = self.rows_of_step(self.source, step, self.train.global_batch_size, self.train.seed)
+                yield self.monitor.log({"step": step, "skipped_rows": self.source.names(rows)})
         self.unread.clear()
-        if self.most_in_a_row > self.allowed:
+        allowed = self.train.max_skipped_steps
+        if self.most_in_a_row > allowed:
             self.finish()
             raise UserError(
                 f"{self.most_in_a_row} steps in a row had no finite loss or gradient, more than "
-                f"train.max_skipped_steps={self.allowed}: lower optim.lr or look at the rows named above"
+                f"train.max_skipped_steps={allowed}: lower optim.lr or look at the rows named above"
             )
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
@@ -98,8 +99,12 @@ def on_each_node(function: Callable[[], Any]) -> Any:
     leaders = node_leaders()
     own = leaders[dist.get_rank()]
     result = together(function if dist.get_rank() == own else None)
-    results = {leader: broadcast(result, leader) for leader in sorted(set(leaders))}  # one after the other: less memory
-    return results[own]
+    for leader in sorted(set(leaders)):  # one after the other: less memory than all results at once
+        of_leader = broadcast(result, leader)
+        if leader == own:
+            result = of_leader
+        del of_leader
+    return result
 
 
 def same_everywhere(what: str, value: str, remedy: str) -> None:
@@ -189,23 +194,34 @@ def check_group(deterministic: bool) -> None:
     """
     if not dist.is_initialized():
         raise UserError("there is no process group: start train.py, or call torch.distributed.init_process_group first")
-    if deterministic and not torch.are_deterministic_algorithms_enabled():
-        raise UserError(
-            "train.deterministic=true: call torch.use_deterministic_algorithms(True) before, or leave it out"
-        )
     try:
         dist.all_reduce(torch.zeros(1))
     except RuntimeError as error:
+        if "No backend type" not in str(error):  # a peer that has died, say
+            raise
         raise UserError(
             f"the process group ({dist.get_backend()}) cannot reduce CPU tensors, as votes and asynchronous saves do: "
             'start it with backend="cpu:gloo,cuda:nccl"'
         ) from error
+    together(partial(check_switch, deterministic))
 
 
-def set_timeout(mesh: DeviceMesh, seconds: int) -> None:
-    """How long a collective waits for the slowest rank, on all groups, from now on."""
-    for group in (None, *mesh.get_all_groups()):
-        _set_pg_timeout(timedelta(seconds=seconds), group)
+def check_switch(deterministic: bool) -> None:
+    if deterministic and not torch.are_deterministic_algorithms_enabled():
+        raise UserError(
+            "train.deterministic=true: call torch.use_deterministic_algorithms(True) before, or leave it out"
+        )
+
+
+def timeout_of_group() -> timedelta:
+    """How long a collective of the default group waits for the slowest rank."""
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+
+
+def set_timeout(timeout: timedelta, mesh: DeviceMesh | None = None) -> None:
+    """From now on, for the default group and those of the mesh. Local: it waits for nobody."""
+    for group in (None, *(mesh.get_all_groups() if mesh else ())):
+        _set_pg_timeout(timeout, group)
 
 
 def leave_together() -> None:
@@ -229,5 +245,6 @@ def end_process(error: UserError | PeerFailed) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(PEER_PATIENCE_SECONDS)
     if is_main or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)

@@ -68,6 +68,12 @@ class RunDirectory:
         if self.lock is not None:
             self.lock.close()
 
+    @property
+    def own_tokenizer(self) -> Path | None:
+        """The tokenizer.json that belongs to the checkpoint, if the run goes on from one of its own."""
+        is_own = self.resume_from is not None and self.path in self.resume_from.parents
+        return self.path / "tokenizer.json" if is_own else None
+
     def look(self) -> list[Path]:
         check_wandb(self.config.run.wandb)
         check_writable(self.path)
@@ -150,11 +156,13 @@ class RunDirectory:
         except UserError:  # damaged
             return True
 
-    def record(self, status: str, **values: Any) -> dict[str, Any]:
+    def record(self, step: int, stopping: bool, **values: Any) -> dict[str, Any]:
         """What a checkpoint keeps beside the tensors: `values`, and what the run is."""
         defaults = configs.defaults()
         at_default = [key for key, value in self.identity.items() if key in defaults and value == defaults[key]]
-        total = {"total_steps": self.config.train.steps, "status": status}
+        steps = self.config.train.steps
+        status = "stopped" if stopping else "complete" if step == steps else "saved"
+        total = {"total_steps": steps, "status": f"{status} at step {step}"}
         return self.state | total | {"identity": self.identity, "at_default": at_default} | values
 
     def say_how_it_ended(self, step: int, stopping: bool) -> None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,14 +30,14 @@ class Shutdown:
     torchrun passes a second SIGINT on as SIGTERM, so after a SIGINT that counts as well. Signals that are ignored, as
     under nohup, stay so, and outside the main thread none can be handled. Whoever owns the process lets a rank that
     hangs be ended; otherwise it only shows where, and the time-out of the process group raises. Leaving it, for
-    whatever reason, waits for nobody: nothing stays armed, and signals do again what they did before.
+    whatever reason, waits for nobody: nothing stays armed, and signals and time-outs are again what they were.
     """
 
     def __init__(self, mesh: DeviceMesh, timeout_seconds: int, owns_process: bool):
         self.mesh, self.timeout_seconds, self.owns_process = mesh, timeout_seconds, owns_process
         self.watching = self.requested = self.interrupted = False
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.handlers = {}
+        self.handlers, self.timeout_before = {}, ranks.timeout_of_group()
         self.in_main_thread = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Shutdown":
@@ -48,8 +49,8 @@ class Shutdown:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.watching = False
-        faulthandler.cancel_dump_traceback_later()
+        self.rest()
+        ranks.set_timeout(self.timeout_before)
         with contextlib.suppress(ValueError):  # a generator may be closed by another thread than its own
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
@@ -79,7 +80,7 @@ class Shutdown:
         if wish == FAIL:
             ranks.together(lambda: raise_first(problems))
         if watch and not self.watching:  # all ranks have come here, so none is still busy with its set-up
-            ranks.set_timeout(self.mesh, self.timeout_seconds)
+            ranks.set_timeout(timedelta(seconds=self.timeout_seconds), self.mesh)
         self.watching |= watch
         self.watch()
         return wish == STOP and not final, not writing
@@ -93,6 +94,11 @@ class Shutdown:
         if self.watching:
             seconds, screen = self.timeout_seconds + DUMP_AFTER_SECONDS, sys.__stderr__ or sys.stderr
             faulthandler.dump_traceback_later(seconds, exit=self.owns_process, file=screen)
+
+    def rest(self) -> None:
+        """The last vote has been: nobody is watched any more."""
+        self.watching = False
+        faulthandler.cancel_dump_traceback_later()
 
     @contextlib.contextmanager
     def unwatched(self) -> Iterator[None]:

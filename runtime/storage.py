@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from runtime.ranks import UserError
@@ -72,3 +74,10 @@ class MetadataUnpickler(pickle.Unpickler):
         if name not in self.NAMES.get(module, ()):
             raise UserError(f"it names {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load weights alone into an unsharded model, without a process group."""
+    with warnings.catch_warnings():  # there is no process group, on purpose
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({"model": model.state_dict()}, storage_reader=Reader(path))

@@ -40,7 +40,7 @@ from checkpoint import CheckpointConfig, Saver
 from configs import Config, OptimConfig
 from corpus.tokenizer import train_tokenizer
 from model import Llama, ModelConfig
-from runtime import rundir
+from runtime import rundir, storage
 from runtime.ranks import UserError
 from runtime.storage import MetadataUnpickler
 
@@ -532,9 +532,9 @@ def test_a_bomb_in_a_checkpoint_with_correct_checksums_is_refused_and_does_not_g
     assert (str(stopped.value), capsys.readouterr().out) == (f"error: {refusal}", "")
     ranks(1, fail_to_load, path)  # nor without that look beforehand
     assert not marker.exists()
-    monkeypatch.setattr(checkpoint, "Reader", dcp.FileSystemReader)
+    monkeypatch.setattr(storage, "Reader", dcp.FileSystemReader)
     with contextlib.suppress(CheckpointException):
-        checkpoint.load_weights(path, Llama(shape()))
+        storage.load_weights(path, Llama(shape()))
     assert marker.exists(), "the bomb is a real one"
 
 

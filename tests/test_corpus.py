@@ -763,7 +763,7 @@ def test_the_fingerprint_changes_with_the_documents(tmp_path):
 # As training opens it: all ranks together
 
 
-def open_and_look(cache: str, config: DataConfig, run_dir: str) -> dict:
+def open_and_look(cache: str, config: DataConfig, run_dir: str, tokenizer_json: Path | None = None) -> dict:
     """What a rank sees, and the largest object that was gathered or broadcast."""
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     sizes, gather = [], dist.all_gather_object
@@ -775,7 +775,7 @@ def open_and_look(cache: str, config: DataConfig, run_dir: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather_object", listen)
         try:
-            with corpus.opened(config, Path(run_dir), 4, None, lambda: 0) as found:
+            with corpus.opened(config, Path(run_dir), 4, None, lambda: 0, tokenizer_json) as found:
                 return {
                     "tokenizer": found.tokenizer_json,
                     "vocabulary": found.vocabulary,
@@ -808,7 +808,10 @@ def test_a_run_keeps_the_tokenizer_that_it_has_trained(tmp_path, ranks, cache):
     recorded = train_tokenizer(["something else"] * 9, 280, 1).to_str()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tokenizer.json").write_text(recorded)
-    assert ranks(1, open_and_look, str(cache), config, str(tmp_path / "run"))[0]["tokenizer"] == recorded
+    own = tmp_path / "run" / "tokenizer.json"
+    assert ranks(1, open_and_look, str(cache), config, str(tmp_path / "run"), own)[0]["tokenizer"] == recorded
+    # one that no checkpoint belongs to may be of other documents, or of another size
+    assert ranks(1, open_and_look, str(cache), config, str(tmp_path / "run"))[0]["tokenizer"] != recorded
 
 
 def test_what_is_wrong_with_the_data_is_said_on_all_ranks_alike(tmp_path, ranks, cache):

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from test_train import Lab, facts, snapshot
+from tokenizers import Tokenizer
 from torch import nn
 
 import checkpoint
@@ -192,6 +193,16 @@ def test_a_configuration_without_a_checkpoint_refuses_nothing_and_is_replaced_wi
         assert message, "killed before there is a checkpoint"
         assert ("of which there is no checkpoint: replaced" in printed) == replaced, text
     assert rundir.recorded_config(run_dir)["model"]["hidden_size"] == 32
+
+
+def test_the_tokenizer_of_a_start_without_a_checkpoint_is_not_taken_for_this_runs(lab, ranks):
+    """A start that ended before its first checkpoint leaves a tokenizer; the next may want another."""
+    run_dir = lab.folder / "another_tokenizer"
+    for size in (270, 264):  # 256 bytes, BOS, EOS and some more
+        more = [f"--data.tokenizer_vocab_size={size}", "--checkpoint.every=0"]
+        (message, _), *_ = ranks(1, start, command(lab, run_dir, *more), cache(lab), "", 2)
+        assert message and not checkpoint.complete_checkpoints(run_dir), "killed at its first save"
+        assert Tokenizer.from_file(str(run_dir / "tokenizer.json")).get_vocab_size() == size
 
 
 def test_config_toml_says_what_made_it(half):

@@ -29,6 +29,7 @@ from corpus.config import DataConfig
 from corpus.tokenizer import load_tokenizer, special_tokens
 from data import permutation
 from model import IGNORE_INDEX
+from runtime.ranks import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -285,6 +286,19 @@ def test_training_waits_for_a_file_that_is_not_ready_and_no_longer_than_its_proc
     ended.join()
     with pytest.raises(ValueError, match="process that tokenises ahead has died, exit code 0"):
         files.wait(6, ended)
+
+
+def test_when_the_leader_of_a_node_leaves_nobody_waits_for_a_file_that_will_not_come(corpus, monkeypatch):
+    monkeypatch.setattr(stream.Ahead, "start", lambda ahead: setattr(ahead, "process", mp.current_process()))
+    rows = open_stream(make_config(corpus))
+    ahead = stream.Ahead(rows.files, "{}", lambda: 0)
+    ahead.finalize, ahead.requests = (lambda: None), mp.Pipe()[1]
+    ahead.request([5], [6], 1)
+    rows.files.tokenize(6, byte_tokenizer(BOS, EOS).to_str())
+    ahead.stop()
+    with pytest.raises(UserError, match="the rank that leads this node has ended"):
+        rows.files.wait(5)
+    assert rows.files.wait(6) > 0, "what is there stays"
 
 
 def test_what_goes_wrong_with_a_file_is_said_with_its_name(corpus, monkeypatch):
