@@ -213,9 +213,12 @@ def check_switch(deterministic: bool) -> None:
         )
 
 
-def timeout_of_group() -> timedelta:
-    """How long a collective of the default group waits for the slowest rank."""
-    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+def timeout_of_group() -> timedelta | None:
+    """How long a collective of the default group waits for the slowest rank; None where its backend does not say."""
+    try:
+        return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):  # there is no public name for it
+        return None
 
 
 def set_timeout(timeout: timedelta, mesh: DeviceMesh | None = None) -> None:

@@ -50,7 +50,8 @@ class Shutdown:
 
     def __exit__(self, *_: object) -> None:
         self.rest()
-        ranks.set_timeout(self.timeout_before)
+        if self.timeout_before is not None:
+            ranks.set_timeout(self.timeout_before)
         with contextlib.suppress(ValueError):  # a generator may be closed by another thread than its own
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)

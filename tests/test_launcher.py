@@ -65,7 +65,7 @@ def run_all(cache: str, *commands: list[str], thread: bool = False, leave_after:
         else:
             run()
     assert [signal.getsignal(number) for number in runtime_ranks.SIGNALS] == handlers, "given back"
-    assert runtime_ranks.timeout_of_group() == timeout, "so is the group"
+    assert timeout is not None and runtime_ranks.timeout_of_group() == timeout, "so is the group"
     return events, printed.getvalue()
 
 
