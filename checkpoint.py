@@ -219,11 +219,11 @@ class Saver:
                 raise ranks.UserError("the run has ended meanwhile")
             write_state(written, state)
             written.rename(final)
-        for old in complete_checkpoints(self.run_dir)[: -self.config.keep]:
-            if not self.config.keep_every or step_of(old) % self.config.keep_every:
-                trash = old.with_name(f".tmp-{old.name}")  # so that a kill leaves no half-removed checkpoint behind
-                old.rename(trash)
-                shutil.rmtree(trash)
+            for old in complete_checkpoints(self.run_dir)[: -self.config.keep]:
+                if not self.config.keep_every or step_of(old) % self.config.keep_every:
+                    trash = old.with_name(f".tmp-{old.name}")  # so that a kill leaves no half-removed checkpoint behind
+                    old.rename(trash)
+                    shutil.rmtree(trash)
 
 
 def written_by(rank: int, path: Path) -> list[Path]:
@@ -247,7 +247,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
     tensors = {"model": model_state, "optimizer": moments(optimizer_state)}
-    ranks.together(partial(check_fit, path, tensors))
+    ranks.on_rank_0(partial(check_fit, path, tensors))  # shapes are those of whole tensors, the same on all ranks
     try:
         dcp.load(tensors, storage_reader=Reader(path))  # in place
     except CheckpointException as error:

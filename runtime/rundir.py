@@ -71,8 +71,11 @@ class RunDirectory:
     @property
     def own_tokenizer(self) -> Path | None:
         """The tokenizer.json that belongs to the checkpoint, if the run goes on from one of its own."""
-        is_own = self.resume_from is not None and self.path in self.resume_from.parents
-        return self.path / "tokenizer.json" if is_own else None
+        return self.path / "tokenizer.json" if self.is_own(self.resume_from) else None
+
+    def is_own(self, path: Path | None) -> bool:
+        """Else it is a checkpoint of the run that this one branches off."""
+        return path is not None and self.path in path.parents
 
     def look(self) -> list[Path]:
         check_wandb(self.config.run.wandb)
@@ -87,7 +90,7 @@ class RunDirectory:
         state = checkpoint.read_state(self.resume_from)
         recorded_config(self.path)  # said before anything is tokenised, if it is damaged
         refuse_another_run(self.resume_from, state, identity(configs.flatten(self.config)))
-        if self.path not in self.resume_from.parents:  # a branch is a run of its own
+        if not self.is_own(self.resume_from):  # a branch is a run of its own
             state |= {"wandb_id": None, "branched_from": self.config.checkpoint.resume}
         return state
 
@@ -147,7 +150,7 @@ class RunDirectory:
         config = configs.to_toml(self.config)
         if not checkpoint.complete_checkpoints(self.path) and self.is_another(config):
             say(f"{self.path}/config.toml was of another configuration, of which there is no checkpoint: replaced")
-        own = [path for path in self.damaged if self.path in path.parents]  # nothing is done to what we branch off
+        own = [path for path in self.damaged if self.is_own(path)]  # nothing is done to what we branch off
         prepare_run(self.path, f"# {made_by()}\n\n{config}", self.tokenizer_json, self.metrics, own)
 
     def is_another(self, config: str) -> bool:
