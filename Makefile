@@ -8,8 +8,10 @@ NPROC ?= $(shell $(BIN)/python -c "import torch; print(1 << (torch.cuda.device_c
 ARGS ?=
 # torchrun would set this too, with a warning; train.py gives each process its share of the cores.
 export OMP_NUM_THREADS ?= 1
+# Seconds from Ctrl-C or SIGTERM until torchrun kills its processes: a stop finishes the step and saves.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 
-.PHONY: train test check kill-test bench lint
+.PHONY: train test check kill-test soak bench lint
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
@@ -25,6 +27,10 @@ check: .venv/dev
 # SIGKILL, a hundred times.
 kill-test: .venv/dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --kills=100
+
+# Half an hour of disturbances, then the same steps without.
+soak: .venv/dev
+	$(BIN)/python benchmarks/soak.py
 
 # Next to what people would use instead: a table of ratios, in a quarter of an hour.
 bench: .venv/dev

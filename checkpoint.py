@@ -14,6 +14,7 @@ on from.
 import json
 import shutil
 import threading
+import time
 import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,14 +25,13 @@ from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from runtime import ranks
-from runtime.storage import Reader, Writer, cause, write_atomically
+from runtime import ranks, storage
+from runtime.storage import Reader, cause, write_atomically
 
 # By parameter name instead of by group and index: a change of the groups does not shift anybody's moments.
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -131,12 +131,14 @@ class Saver:
     the `with` block waits for nobody: a save that is under way then stays unfinished.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig):
-        self.run_dir, self.config = run_dir, config
-        # The thread's collectives must not mix with the training loop's. A slow disk is no reason to end the job.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    def __init__(self, run_dir: Path, config: CheckpointConfig, seconds: float = 0.0):
+        self.run_dir, self.config, self.seconds = run_dir, config, seconds  # that the last save took, or one before
+        # The thread's collectives must not mix with the training loop's. A slow disk is no reason to end the job;
+        # without a thread, Shutdown.unwatched sees to that, and the default group saves a socket for each other rank.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if config.async_save else None
         self.gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.pending: Future[Path] | None = None  # of the newest save, until its completion has been told
+        self.layout: storage.Layout | None = None  # of the last save that succeeded
         self.abandoned, self.lock = False, threading.Lock()
 
     def __enter__(self) -> "Saver":
@@ -171,7 +173,8 @@ class Saver:
         self.wait()
         told = self.completed()
         model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
-        tensors, state = {"model": model_state, "optimizer": moments(optimizer_state)}, {**state, "step": step}
+        optimizer_state = storage.with_one_step(moments(optimizer_state))
+        tensors, state = {"model": model_state, "optimizer": optimizer_state}, {**state, "step": step}
         self.pending = Future()
         if self.config.async_save:
             arguments = (self.pending, BlockingAsyncStager().stage(tensors), state)
@@ -191,17 +194,20 @@ class Saver:
 
     def write(self, tensors: dict[str, Any], state: dict[str, Any]) -> Path:
         """The complete checkpoint. A failure on any rank raises UserError on all of them."""
+        started = time.perf_counter()
         rank, final = dist.get_rank(), step_folder(self.run_dir, state["step"])
         unfinished, together = final.with_name(f".tmp-{final.name}"), partial(ranks.together, group=self.group)
         try:
             if any(ranks.gather(rank == 0 and final.is_dir(), self.group)):  # only state.json has changed since
-                written, state["files"] = final, read_state(final)["files"]
+                written, state["files"] = final, together(partial(read_state, final))["files"]
             else:
                 written = unfinished
                 together(unfinished.mkdir if rank == 0 else None)  # dcp would make a run that has vanished anew
-                dcp.save(tensors, storage_writer=Writer(unfinished), process_group=self.group)
+                self.layout = storage.save(tensors, unfinished, self.layout, self.group)
                 sums = together(lambda: {file.name: checksum(file) for file in written_by(rank, unfinished)})
                 state["files"] = {name: entry for own in ranks.gather(sums, self.group) for name, entry in own.items()}
+                self.seconds = round(time.perf_counter() - started, 3)
+            state["save_seconds"] = self.seconds
             together(partial(self.complete, written, final, state) if rank == 0 else None)
         except (CheckpointException, ranks.UserError) as error:
             done = complete_checkpoints(self.run_dir)
@@ -247,17 +253,19 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     """
     model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
     tensors = {"model": model_state, "optimizer": moments(optimizer_state)}
-    ranks.on_rank_0(partial(check_fit, path, tensors))  # shapes are those of whole tensors, the same on all ranks
-    try:
-        dcp.load(tensors, storage_reader=Reader(path))  # in place
-    except CheckpointException as error:
-        raise ranks.UserError(f"{path} could not be loaded: {cause(error)}") from error
+    ranks.together(partial(read, Reader(path), tensors))
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=OPTIONS)
 
 
-def check_fit(path: Path, tensors: dict[str, dict[str, Any]]) -> None:
+def read(reader: Reader, tensors: dict[str, dict[str, Any]]) -> None:
+    """This rank's slices, in place. No communication."""
+    check_fit(reader, tensors)
+    reader.load(tensors)
+
+
+def check_fit(reader: Reader, tensors: dict[str, dict[str, Any]]) -> None:
     """Raise UserError, naming each, if the checkpoint has other tensors, or tensors of other shapes."""
-    saved = Reader(path).read_metadata().state_dict_metadata
+    saved = reader.read_metadata().state_dict_metadata
     there = {name: tuple(entry.size) for name, entry in saved.items() if hasattr(entry, "size")}
     here = {f"{part}.{name}": tuple(tensor.shape) for part, state in tensors.items() for name, tensor in state.items()}
     names = sorted(name for name in here | there if here.get(name) != there.get(name))
@@ -265,6 +273,6 @@ def check_fit(path: Path, tensors: dict[str, dict[str, Any]]) -> None:
         lines = [f"  {name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} now" for name in names[:8]]
         more = f"\n  and {len(names) - 8} more" if names[8:] else ""
         raise ranks.UserError(
-            f"{path} does not fit this model and optimizer:\n" + "\n".join(lines) + more + "\n"
+            f"{reader.path} does not fit this model and optimizer:\n" + "\n".join(lines) + more + "\n"
             "go on with the code and configuration that wrote it, or start over in another --run.dir"
         )

@@ -25,7 +25,9 @@ shows what comes out. Shapes: B rows of a micro-batch, T = seq_len.
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, pairwise
 from typing import Protocol
 
@@ -36,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model import IGNORE_INDEX
 
+Meet = Callable[[Callable[[], str | None]], None]  # waits until the function names nothing any more, on any rank
 PADDING = -1  # the number of a row that is all padding: it fills the last batches of an evaluation
 ROWS_OF_A_FILE = 2**32  # at most: the number of a row is file * ROWS_OF_A_FILE + its number within the file
 
@@ -122,10 +125,11 @@ class Source(Protocol):
     """Files of tokens, as training sees them: whether all are there, or come one after the other."""
 
     window: int  # files whose rows are shuffled together; 0 = all of them
+    first_window: int  # and the first of the first epoch, which may be fewer: training waits for them
     counts: list[int | None]  # rows of each file, as far as they are known
 
-    def prepare(self, files: list[int], upcoming: list[int], step: int) -> list[int]:
-        """The rows of each of `files`, whose tokens can be read from now on: may wait for them.
+    def prepare(self, files: list[int], upcoming: list[int], step: int, meet: Meet) -> list[int]:
+        """The rows of each of `files`, whose tokens can be read from now on: all ranks `meet` until all have them.
 
         `step` is the first that takes rows of them; `upcoming` are asked for next.
         """
@@ -152,8 +156,9 @@ def windows(source: Source, seed: int, epoch: int) -> list[tuple[list[int], tupl
     files = permutation(len(source.counts), seed, epoch).tolist()
     if source.window == 0:
         return [(files, (seed, epoch))]
-    firsts = range(0, len(files), source.window)
-    return [(files[first : first + source.window], (seed, epoch, window)) for window, first in enumerate(firsts)]
+    first = source.window if epoch else source.first_window
+    borders = pairwise([0, *range(first, len(files), source.window), len(files)])
+    return [(files[start:stop], (seed, epoch, window)) for window, (start, stop) in enumerate(borders)]
 
 
 def shuffled(files: list[int], counts: list[int], key: tuple[int, ...]) -> Tensor:
@@ -165,12 +170,21 @@ def shuffled(files: list[int], counts: list[int], key: tuple[int, ...]) -> Tenso
     return torch.cat(numbers)[order]
 
 
-def global_batches(source: Source, first_step: int, size: int, seed: int, behind: bool = False) -> Iterator[Tensor]:
+def alone(lacking: Callable[[], str | None]) -> None:
+    """The `Meet` of one process."""
+    while lacking():
+        time.sleep(0.05)
+
+
+def global_batches(
+    source: Source, first_step: int, size: int, seed: int, meet: Meet | None = alone
+) -> Iterator[Tensor]:
     """The rows (size,) of each step from first_step on, steps being counted from 1.
 
     Files are permuted and so are the rows of each window. The rows of an epoch are its windows end to end, and a step
     takes the next `size` of them, across the border of two windows where it must; an epoch drops its last incomplete
-    global batch. `behind`: training has been there, so that nothing is prepared.
+    global batch. All ranks call for a step alike, as they `meet` where a window begins; None: training has been there,
+    so that nothing is prepared.
     """
     step = first_step
     while True:
@@ -183,7 +197,7 @@ def global_batches(source: Source, first_step: int, size: int, seed: int, behind
         for (files, key), (upcoming, _) in pairwise(ahead):
             counts = [count for file in files if (count := source.counts[file]) is not None]
             if len(counts) < len(files) or to_skip < sum(counts):
-                counts = counts if behind else source.prepare(files, upcoming, step)
+                counts = source.prepare(files, upcoming, step, meet) if meet else counts
                 rows = torch.cat((rows, shuffled(files, counts, key)[to_skip:]))
             to_skip = max(0, to_skip - sum(counts))
             while len(rows) >= size:
@@ -193,7 +207,7 @@ def global_batches(source: Source, first_step: int, size: int, seed: int, behind
 
 def rows_of_step(source: Source, step: int, size: int, seed: int) -> Tensor:
     """The rows (size,) of a step that `global_batches` has given out already. Disturbs nothing."""
-    return next(global_batches(source, step, size, seed, behind=True))
+    return next(global_batches(source, step, size, seed, meet=None))
 
 
 def deal(rows: Tensor, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
@@ -249,20 +263,29 @@ def batches(
     dp_size: int,
     num_workers: int,
     device: torch.device,
+    meet: Meet = alone,
+    starting: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[Iterator[tuple[Tensor, ...]]]:
     """This rank's micro-batches from first_step to last_step, on `device`: (B, T) each, as from `Reader`.
 
-    Loader workers start when it is entered, with the signal mask of that moment, and end when it is left, which waits
-    for no other rank. What goes wrong with a source (see its `prepare`) is raised by whoever asks for the next batch.
+    Loader workers start with the first batch, within `starting`, and end when it is left, which waits for no other
+    rank. What goes wrong with a source (see its `prepare`) is raised where the next batch is asked for.
     """
-    steps = islice(global_batches(source, first_step, global_batch_size, seed), last_step - first_step + 1)
+    steps = islice(global_batches(source, first_step, global_batch_size, seed, meet), last_step - first_step + 1)
     micro_batches = (batch for rows in steps for batch in deal(rows, micro_batch_size, dp_rank, dp_size))
-    loader = iter(make_loader(source, micro_batches, num_workers, device))
-    try:
-        yield (tuple(tensor.to(device, non_blocking=True) for tensor in batch) for batch in loader)
-    finally:
-        if num_workers:
-            loader._shutdown_workers()  # there is no public name for it, and others may still hold the iterator
+    loader = make_loader(source, micro_batches, num_workers, device)
+
+    def read() -> Generator[tuple[Tensor, ...]]:
+        with starting():
+            batches = iter(loader)
+        try:
+            yield from (tuple(tensor.to(device, non_blocking=True) for tensor in batch) for batch in batches)
+        finally:
+            if num_workers:
+                batches._shutdown_workers()  # there is no public name for it, and others may still hold the iterator
+
+    with contextlib.closing(read()) as batches:
+        yield batches
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def explain(config: Config, world: int) -> Report:
     collectives = []
     for (name, phase, kind, axis, whole), count in recorder.calls.items():
         if sizes[axis] > 1 and block_of(name) in times:
-            count *= times[block_of(name)] * (1 if phase == "update" else micro_steps)
+            once = phase == "update" or (axis == "dp_replicate" and parallel.sums_once(config.parallel))
+            count *= times[block_of(name)] * (1 if once else micro_steps)
             collectives.append(Collective(name, phase, kind, axis, whole, count))
     order = list(recorder.activations)
     collectives.sort(key=lambda call: order.index(call.module.removesuffix(" (FSDP)")))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 IGNORE_INDEX = -100  # a target that is no target: padding
-LOGITS_AT_ONCE = 2**27  # of a rank's rows, over all its TP peers: half a GiB in float32, and four times that at work
+LOGITS_AT_ONCE = 2**27  # at least, of a rank's rows, over all its TP peers: 2 GiB, at 16 bytes each at work
 
 
 @dataclass
@@ -150,10 +150,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
         heads = (x.size(0), x.size(1), -1, self.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, hd)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, K, T, hd)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, K, T, hd)
+        # (B, H, T, hd), and (B, K, T, hd) twice
+        q, k, v = (project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if q.is_cuda and q.dtype == torch.float32 and k.size(1) < q.size(1):
+            # the kernel for float32 without a (T, T) matrix knows no grouped queries
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         if isinstance(mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
             y = attend(q, k, v, block_mask=mask, enable_gqa=True)
@@ -222,6 +224,16 @@ class LossOfChunks(torch.autograd.Function):
         return hidden_grad.mul_(grad), weight_grad.mul_(grad), None, None, None, None
 
 
+def logits_at_once(device: torch.device) -> int:
+    """How large a chunk of the loss may be. On a GPU a tenth of its memory, as each chunk has a price.
+
+    For each the head's whole float32 gradient is read and written again: with the shape of Llama 3.2 1B, 16,384 tokens
+    and 2^27 logits 16 times, some 3 GB each, which is near 5 % of a step (estimated from the bandwidth of an H100).
+    """
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(LOGITS_AT_ONCE, memory // 10 // 16)
+
+
 class SummedLoss(nn.Module):
     """The *sum* of the float32 loss of head(hidden) over real targets: hidden (B, T, D), targets (B, T).
 
@@ -233,7 +245,7 @@ class SummedLoss(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (B * T, D), (B * T)
-        size = max(1, LOGITS_AT_ONCE // head.out_features)
+        size = max(1, logits_at_once(hidden.device) // head.out_features)
         if torch.is_grad_enabled():
             return LossOfChunks.apply(hidden, head.weight, targets, head, self.cross_entropy, size)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)

@@ -227,6 +227,8 @@ KEPT_BY_SELECTIVE = [
     torch.ops._c10d_functional.reduce_scatter_tensor.default,  # else backward repeats o_proj's communication
 ]
 
+NOT_RANDOM = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout: no state to be kept
+
 
 def selective_policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in KEPT_BY_SELECTIVE else CheckpointPolicy.PREFER_RECOMPUTE
@@ -235,12 +237,12 @@ def selective_policy(ctx: object, op: object, *args: object, **kwargs: object) -
 def keep_selected_activations(block: nn.Module) -> None:
     """Backward recomputes a block's forward except KEPT_BY_SELECTIVE: norms, RoPE, activations, all-gathers."""
     context_fn = partial(create_selective_checkpoint_contexts, selective_policy)
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context_fn)
+    block.forward = partial(checkpoint, block.forward, **NOT_RANDOM, context_fn=context_fn)
 
 
 def keep_no_activations(block: nn.Module) -> None:
     """Backward recomputes a block's whole forward: only its input is kept."""
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    block.forward = partial(checkpoint, block.forward, **NOT_RANDOM)
 
 
 def apply_compile(block: nn.Module) -> None:
@@ -288,6 +290,18 @@ def parallelize(model: Llama, mesh: DeviceMesh, config: ParallelConfig) -> None:
     if config.compile and mesh["tp"].size() == 1:  # with TP the loss communicates in the middle, see `loss_context`
         model.loss.cross_entropy = torch.compile(model.loss.cross_entropy)
     apply_fsdp(model, mesh, config)
+
+
+def sums_once(config: ParallelConfig) -> bool:
+    """Whether HSDP sums gradients over dp_replicate once a step, not once a micro-step: until then each replica adds up
+    its own, in reduce_dtype, for which bfloat16 is too coarse.
+    """
+    return config.reduce_dtype == "float32"
+
+
+def sum_over_replicas(model: Llama, config: ParallelConfig, last: bool) -> None:
+    """Before each micro-step: `last` is whether it is the last one of a step."""
+    model.set_requires_all_reduce(last or not sums_once(config))
 
 
 def loss_context(mesh: DeviceMesh) -> contextlib.AbstractContextManager:

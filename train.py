@@ -8,7 +8,6 @@ Arguments: [CONFIG.toml] [--section.key=value ...]; `--help` lists every key. Ru
 Other launchers call `train(config, device)` in a process group of their own.
 """
 
-import gc
 import math
 import signal
 import sys
@@ -19,7 +18,6 @@ STARTED = time.perf_counter()  # before the slow imports
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -36,7 +34,7 @@ from model import IGNORE_INDEX, Llama, flops_per_token, parameter_count
 from runtime import ranks
 from runtime.monitor import Meter, Monitor, SkippedSteps, StartUp, say, summary
 from runtime.rundir import RunDirectory
-from runtime.shutdown import Shutdown
+from runtime.shutdown import Shutdown, Stopped
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
@@ -97,12 +95,11 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
     alike. Who may leave early wraps it in `contextlib.closing`. `started`: when the process did, by perf_counter; 0 is
     now.
     """
-    start_up = StartUp(started)
     ranks.check_group(config.train.deterministic)
     ranks.same_everywhere("the configuration", configs.to_toml(config), "copy it, and start as many ranks on each")
     mesh = parallel.build_mesh(config.parallel, device)
     tp, (dp_rank, dp_size) = config.parallel.tp, parallel.dp_rank_and_size(mesh)
-    start_up.done("imports and processes")
+    start_up = StartUp(started).done("imports and processes")
     with ExitStack() as stack:
         hold = stack.enter_context
         # What there is: the run directory with its newest intact checkpoint, and the data. Nothing is written yet
@@ -129,53 +126,57 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
         say(summary(parameter_count(config.model), config, mesh, device, micro_steps, corpus.source))
 
         # What the loop holds, and lets go of however it ends
-        shutdown = hold(Shutdown(mesh, config.parallel.timeout_seconds, owns_process))
-        saver = hold(checkpoint.Saver(run.path, config.checkpoint))
-        with ranks.signals_held():  # which loader workers and wandb are not to see
-            order = (corpus.source, run.step + 1, steps, size, train.micro_batch_size, train.seed)
-            batches = hold(data.batches(*order, dp_rank, dp_size, config.data.num_workers, device))
-            wandb_id, flat = run.state.get("wandb_id"), configs.flatten(config)
+        wandb_id, flat = run.state.get("wandb_id"), configs.flatten(config)
+        with ranks.signals_held():  # which wandb and loader workers are not to see
             monitor = hold(ranks.together(partial(Monitor, config.run, run.step, steps, wandb_id, flat)))
+        shutdown = hold(Shutdown(mesh, config.parallel.timeout_seconds, owns_process, monitor.waits))
+        saver = hold(checkpoint.Saver(run.path, config.checkpoint, run.state.get("save_seconds", 0.0)))
+        order = (corpus.source, run.step + 1, steps, size, train.micro_batch_size, train.seed, dp_rank, dp_size)
+        batches = hold(data.batches(*order, config.data.num_workers, device, shutdown.meet, ranks.signals_held))
         tokens_seen = torch.tensor(run.state.get("tokens", 0), dtype=torch.float64, device=device)
         flops = size * config.data.seq_len * flops_per_token(config.model, config.data.seq_len) / dist.get_world_size()
-        meter = Meter(flops, device, run.step, int(tokens_seen))
+        meter = Meter(flops, device, run.step, run.state, model.model.layers[0])
         skipped = SkippedSteps(train, corpus.source, data.rows_of_step, monitor, saver.wait)
-        evaluated = run.step - run.state.get("unevaluated", False)
+        done, evaluated = kept = run.step, run.step - run.state.get("unevaluated", False)
 
-        for done in range(run.step, steps + 1):
+        while True:
             # So many steps are done: look at what they have left, keep it, and do one more
             last, own = done == steps, done > run.step  # own: taken here, not read from a checkpoint
             evaluate_now = bool(corpus.validation) and done > 0 and due(done, train.eval_every, steps)
-            news = own  # is there something that no checkpoint has?
             if evaluate_now and done > evaluated:
                 yield from skipped.report()
                 with meter.paused():
-                    abandon = partial(shutdown.agreed, watch=own, final=last)
-                    result = evaluate(model, mesh, train, corpus.validation, abandon)
+                    result = evaluate(model, mesh, train, corpus.validation, partial(shutdown.agreed, own, last))
                 if result is not None:
-                    evaluated, news = done, True
+                    evaluated = done
                     yield monitor.log({"step": done, **result})
-            stopping, saved = shutdown.vote(monitor.problems + saver.problems(), saver.writing(), watch=own, final=last)
+            stop, saved = shutdown.vote(monitor.problems + saver.problems(), saver.writing(), own, last, meter.pace())
             yield from saver.completed() if saved else ()
-            if (stopping and news) or (own and due(done, config.checkpoint.every, steps)):
+            shutdown.check_time(meter.step_seconds, saver.seconds)
+            if (stop and (done, evaluated) != kept) or (own and due(done, config.checkpoint.every, steps)):
                 yield from skipped.report()
                 ranks.together(monitor.check)  # a line that could not be written must not lie behind a checkpoint
                 state = {"tokens": int(tokens_seen.item()), "unevaluated": evaluate_now and done > evaluated}
-                state |= {"rows_of_files": corpus.source.counts, "wandb_id": monitor.wandb_id}
+                state |= {"rows_of_files": [*corpus.source.counts], "wandb_id": monitor.wandb_id} | meter.state
                 with meter.paused(), shutdown.unwatched():
-                    told = saver.save(done, model, optimizer, run.record(done, stopping, **state))
+                    told = saver.save(done, model, optimizer, run.record(done, stop, **state))
                 yield from told
-            if stopping or last:
+            if stop or last:
                 break
 
-            step = done + 1
+            ranks.collect_garbage(done - run.step, owns_process)
             loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
-            for input_ids, targets, *positions in meter.loading(islice(batches, micro_steps)):  # (B, T) each
-                with parallel.loss_context(mesh):
-                    micro_loss = model(input_ids, targets, *positions)  # a sum over tokens: micro-steps add up
-                    micro_loss.backward()
-                loss += parallel.to_local(micro_loss.detach())
-                tokens += (targets != IGNORE_INDEX).sum()
+            try:
+                for is_last, (input_ids, targets, *positions) in meter.loading(batches, micro_steps):  # (B, T) each
+                    parallel.sum_over_replicas(model, config.parallel, is_last)
+                    with parallel.loss_context(mesh):
+                        micro_loss = model(input_ids, targets, *positions)  # a sum over tokens: micro-steps add up
+                        micro_loss.backward()
+                    loss += parallel.to_local(micro_loss.detach())
+                    tokens += (targets != IGNORE_INDEX).sum()
+            except Stopped:  # while all ranks waited for a file; so many steps are done as before
+                continue
+            done += 1
 
             # One division by the token count of the whole global batch, and clipping, in one pass over the gradients.
             # TP peers have the same rows: what they add up is each one's share of loss and tokens
@@ -184,29 +185,28 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
             grad_norm = square.sqrt() / tokens
             clip = (optim.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0) if optim.grad_clip > 0 else 1.0
             parallel.scale_gradients(model, clip / tokens)
-            lr = learning_rate(step, steps, optim)
+            lr = learning_rate(done, steps, optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_ratio", 1.0)
             finite = loss.isfinite() & grad_norm.isfinite()  # the same on all ranks
             optimizer.found_inf = (~finite).float()  # told so, the fused kernel leaves weights and moments as they are
             optimizer.step()
             optimizer.zero_grad()
-            skipped.record(step, ~finite)
+            skipped.record(done, ~finite)
             tokens_seen += tokens
-            monitor.trace(step)
+            monitor.trace(done)
             if not own:
                 say(start_up.done("first step").summary())
-            if due(step, train.log_every, steps):
+            if due(done, train.log_every, steps):
                 yield from skipped.report()
                 # .tolist() waits for the device
                 mean_loss, norm, total = torch.stack((loss / tokens, grad_norm, tokens_seen)).tolist()
-                speed = meter.line(step, int(total))
-                yield monitor.log({"step": step, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
+                speed = meter.line(done, int(total)) | shutdown.slowest()
+                yield monitor.log({"step": done, "loss": mean_loss, "grad_norm": norm, "lr": lr, **speed})
 
         shutdown.rest()
-        saver.wait()
         yield from saver.completed()
-    run.say_how_it_ended(done, stopping)
+    run.say_how_it_ended(done, stop, shutdown.failure)
 
 
 @record  # torchrun then shows the traceback of the rank that failed first
@@ -217,7 +217,6 @@ def main() -> None:
         return configs.print_help()
     try:
         config = configs.load(sys.argv[1:])
-        gc.freeze()  # what the imports have made is no garbage: without it the collector has little to walk through
         device = ranks.init_distributed(config.train.deterministic)
         for _ in train(config, device, STARTED, owns_process=True):
             pass

@@ -41,4 +41,5 @@ class DataConfig:
         bool, "read the files of data.dataset as training reaches them and keep no copy; val_fraction is of the first"
     ] = False
     stream_files: Annotated[int, "files whose rows are shuffled together when streaming", (">=", 1)] = 4
+    stream_first_files: Annotated[int, "the same for the first ones, to start sooner; 0 = as many", (">=", 0)] = 0
     num_workers: Annotated[int, "loader processes per rank; 0 = load in the training process", (">=", 0)] = 0

@@ -10,6 +10,7 @@ at the end of this file. A new kind is one entry there, before the last one; a n
 
 import hashlib
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -252,7 +253,10 @@ def texts_of_file(file: str, text_column: str) -> Iterator[str | None]:
     def tables() -> Iterator:
         if path.is_file() and path.stat().st_size == 0:  # a file may be empty; `datasets` stumbles over it
             return
-        documents = datasets.load_dataset(builder, data_files=[file], split="train", streaming=True)
+        with tempfile.TemporaryDirectory() as locks:  # it leaves one for each file, and nothing else
+            documents = datasets.load_dataset(
+                builder, data_files=[file], split="train", streaming=True, cache_dir=locks
+            )
         for table in documents.with_format("arrow").iter(100):
             if column not in table.column_names:
                 raise UserError(f"data.text_column={text_column!r} is none of its {', '.join(table.column_names)}")

@@ -7,17 +7,19 @@ The contract of data.py holds here too, with files in the place of documents:
   function of (seed, step) and of how many rows each file has: nothing else is there to be saved, however many ranks.
 - These counts are kept beside the tokens and in every checkpoint: a machine that resumes a run reads no file that lies
   behind it.
-- One process a node tokenises the window that training is in and the next one, no further. Ranks wait for a file until
-  it is there; a file that cannot be read stops all ranks when its window comes up.
+- One process a node tokenises the window that training is in and the next one, no further. A file that cannot be read
+  is tried again, less and less often, until its window is due, and once more then. At a window's border all ranks wait
+  together until every node has its files; one that has failed by then stops the run, which saves.
 
 In the cache of `datasets`, for each run:
 
     stream-<key>/<version of the file>.arrow     its tokens; removed when none of the newest checkpoints needs them
                                       .rows      how many rows they make
-                                      .error     why there are none; removed at the next start
+                                      .error     the step that it was due for (0: none yet), and why there are none
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import queue
@@ -31,19 +33,28 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
 from corpus import sources
 from corpus.cache import cache_folder, cache_key, remove_unfinished, unfinished
 from corpus.config import DataConfig
 from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
 from corpus.tokens import STREAM_VERSION, OnDisk, TokenFiles, cut, tokenize, write_tokens
-from data import ROWS_OF_A_FILE, Rows
+from data import ROWS_OF_A_FILE, Meet, Rows
 from runtime.ranks import UserError, signals_held
 
-POLL_SECONDS = 0.05
+MOST_PATIENT_SECONDS = 60  # between two attempts at a file
+NICENESS = 10  # of the process that tokenises ahead: the ranks of the node come first
+
+
+@functools.lru_cache(maxsize=1)
+def encoder(tokenizer_json: str, special: SpecialTokens) -> Tokenizer:
+    """One for all files: what a tokenizer has taken to encode, it does not give back when it is gone (0.23)."""
+    return without_rules(Tokenizer.from_str(tokenizer_json), special)
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,13 @@ class Files:
         """Of a file that is tokenised: for training, and, of the first one, for validation."""
         return cut(self.tokens(file), self.config, self.special, held_out_share(self.config) if file == 0 else 0.0)
 
-    def tokenize(self, file: int, tokenizer_json: str, ended: threading.Event | None = None) -> None:
-        """Leave the tokens of a file and their number of rows, or the reason why there are none.
+    def tokenize(
+        self, file: int, tokenizer_json: str, ended: threading.Event | None = None, due: int = 0, bar: Any = None
+    ) -> bool:
+        """Leave the tokens of a file and their number of rows, or the reason why there are none, and `due`.
 
-        SystemExit, with nothing but an unfinished file left, once `ended` is set.
+        This is the step that waits for the file, or 0. Returns whether it is tokenised now. SystemExit, with nothing
+        but an unfinished file left, once `ended` is set.
         """
 
         def texts() -> Iterator[str | None]:
@@ -80,16 +94,19 @@ class Files:
                 yield text
 
         if self.is_tokenized(file):
-            return
+            return True
         try:
             if not self.path(file, "arrow").exists():
-                tokenizer = without_rules(Tokenizer.from_str(tokenizer_json), self.special)
-                write_tokens(self.path(file, "arrow"), texts(), tokenizer, self.special)
+                tokenizer = encoder(tokenizer_json, self.special)
+                write_tokens(self.path(file, "arrow"), texts(), tokenizer, self.special, bar)
             rows = self.cut(file)[0].rows
             self.write(file, "rows", str(len(rows) if rows.num_targets else 0))
+            return True
         except Exception as error:  # also what nobody thought of: the ranks wait for this file
             text = str(error) or repr(error)
-            self.write(file, "error", text if self.addresses[file] in text else f"{self.addresses[file]}: {text}")
+            text = text if self.addresses[file] in text else f"{self.addresses[file]}: {text}"
+            self.write(file, "error", f"{due}\n{text}")
+            return False
 
     def is_tokenized(self, file: int) -> bool:
         return self.path(file, "rows").exists() and self.path(file, "arrow").exists()
@@ -99,18 +116,18 @@ class Files:
         writing.write_text(text)
         writing.replace(self.path(file, suffix))
 
-    def wait(self, file: int, process: BaseProcess | None = None) -> int:
-        """The number of rows of a file, once it is tokenised. Raises UserError if it cannot be.
+    def rows(self, file: int, due: int = 0) -> int | None:
+        """The number of rows of a file; None as long as it is not tokenised, and may still be.
 
-        Where `process` has died, the other ranks of the node hear that from here.
+        Raises UserError when it could not be read although it was due: for step `due` or a later one.
         """
-        while not self.is_tokenized(file):
-            if self.path(file, "error").exists():
-                raise UserError(self.path(file, "error").read_text())
-            if process is not None and not process.is_alive() and not self.is_tokenized(file):
-                self.write(file, "error", f"the process that tokenises ahead has died, exit code {process.exitcode}")
-            time.sleep(POLL_SECONDS)
-        return int(self.path(file, "rows").read_text())
+        if self.is_tokenized(file):
+            return int(self.path(file, "rows").read_text())
+        if self.path(file, "error").exists():
+            tried_for, text = self.path(file, "error").read_text().split("\n", 1)
+            if int(tried_for) >= due:
+                raise UserError(text)
+        return None
 
     def known_counts(self, recorded: list[int | None] | None) -> list[int | None]:
         """The rows of each file, as far as a checkpoint or the cache knows them."""
@@ -128,8 +145,14 @@ def held_out_share(config: DataConfig) -> float:
     return config.val_fraction if sources.validation_config(config) is None else 0.0
 
 
-def tokenize_ahead(files: Files, tokenizer_json: str, requests: Connection) -> None:
-    """The process of a node that tokenises what it is told to, until training closes the pipe or dies."""
+def tokenize_ahead(files: Files, tokenizer_json: str, requests: Connection, threads: int) -> None:
+    """The process of a node that tokenises what it was last told to, until training closes the pipe or dies.
+
+    It is told a step, the files that this step waits for, and those to come. What fails is tried again, after a pause
+    that doubles, and at once when it is due.
+    """
+    os.nice(NICENESS)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # before `tokenizers` starts them
     for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for training, which may still save
         signal.signal(number, signal.SIG_IGN)
     waiting, ended = queue.SimpleQueue(), threading.Event()
@@ -139,30 +162,43 @@ def tokenize_ahead(files: Files, tokenizer_json: str, requests: Connection) -> N
             while True:
                 waiting.put(requests.recv())
         ended.set()
-        waiting.put([])
+        waiting.put((0, [], []))
 
     threading.Thread(target=receive, daemon=True).start()
+    step, due, upcoming = waiting.get()
+    pauses: dict[int, float] = {}  # of the files that have failed: the seconds that the last one took
+    again: dict[int, float] = {}  # and when each is tried next
     while not ended.is_set():
-        for file in waiting.get():
-            files.tokenize(file, tokenizer_json, ended)
+        in_order = (*due, *sorted(upcoming, key=pauses.__contains__))  # what has failed comes last
+        missing = [file for file in in_order if not files.is_tokenized(file)]
+        now = time.monotonic()
+        file = next((file for file in missing if again.get(file, now) <= now), None)
+        if file is not None and not files.tokenize(file, tokenizer_json, ended, step if file in due else 0):
+            pauses[file] = min(2 * pauses.get(file, 0.5), MOST_PATIENT_SECONDS)
+            again[file] = time.monotonic() + pauses[file]
+        with contextlib.suppress(queue.Empty):
+            soonest = min((again.get(file, now) for file in missing), default=None)
+            step, due, upcoming = waiting.get(timeout=None if soonest is None else max(0, soonest - time.monotonic()))
+            for file in due:
+                again.pop(file, None)
 
 
 class Ahead:
     """What the leader of a node does for it: have files tokenised before they are needed, and forget them behind.
 
-    `oldest_step` is asked from which step on the run may have to be resumed; 0 means from its beginning.
+    `oldest_step` is asked from which step on the run may have to be resumed; 0 means from its beginning. `threads` are
+    those that tokenise.
     """
 
-    def __init__(self, files: Files, tokenizer_json: str, oldest_step: Callable[[], int]):
-        self.files, self.tokenizer_json, self.oldest_step = files, tokenizer_json, oldest_step
+    def __init__(self, files: Files, tokenizer_json: str, oldest_step: Callable[[], int], threads: int = 1):
+        self.files, self.tokenizer_json, self.oldest_step, self.threads = files, tokenizer_json, oldest_step, threads
         self.windows: list[tuple[int, list[int]]] = []  # the first step that may take rows of each, and its files
-        self.requested: list[int] = []  # most recently
         self.process: BaseProcess | None = None
 
     def start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         receiver, self.requests = spawn.Pipe(duplex=False)
-        arguments = self.files, self.tokenizer_json, receiver
+        arguments = self.files, self.tokenizer_json, receiver, self.threads
         self.process = spawn.Process(target=tokenize_ahead, args=arguments, daemon=True)
         with signals_held():
             self.process.start()
@@ -171,20 +207,24 @@ class Ahead:
         self.finalize = Finalize(self, stop, (self.process, self.requests, self.files.folder), exitpriority=10)
 
     def stop(self) -> None:
-        """What was asked for and is not there will not come: whoever on this node waits for it is told."""
         if self.process is not None:
             self.finalize()
-            for file in (file for file in self.requested if not self.files.is_tokenized(file)):
-                self.files.write(file, "error", "the rank that leads this node has ended")
+
+    def check(self) -> None:
+        """Raises UserError when nobody tokenises any more."""
+        if self.process is not None and not self.process.is_alive():
+            raise UserError(
+                f"the process that tokenises ahead has died, exit code {self.process.exitcode} (-9: killed, as when "
+                "memory runs out): the same command goes on"
+            )
 
     def request(self, files: list[int], upcoming: list[int], step: int) -> None:
         """A window and the next one, in the order of the steps that need them."""
         if self.process is None:
             self.start()
         self.windows.append((step, files))
-        self.requested = [*files, *upcoming]
-        with contextlib.suppress(BrokenPipeError):  # `wait` says that it has died
-            self.requests.send([*files, *upcoming])
+        with contextlib.suppress(BrokenPipeError):  # `check` says that it has died
+            self.requests.send((step, files, upcoming))
         self.forget(upcoming)
 
     def forget(self, upcoming: list[int]) -> None:
@@ -214,6 +254,7 @@ class Stream:
     def __init__(self, files: Files, counts: list[int | None], global_batch_size: int, ahead: Ahead | None = None):
         self.files, self.counts, self.global_batch_size, self.ahead = files, counts, global_batch_size, ahead
         self.window = files.config.stream_files
+        self.first_window = files.config.stream_first_files or self.window
         self.opened: dict[int, Rows] = {}
 
     def __str__(self) -> str:
@@ -222,12 +263,25 @@ class Stream:
     def __reduce__(self):  # a loader worker opens the files itself
         return Stream, (self.files, self.counts, self.global_batch_size)
 
-    def prepare(self, files: list[int], upcoming: list[int], step: int) -> list[int]:
-        """Raises UserError, on all ranks of a node alike."""
+    def prepare(self, files: list[int], upcoming: list[int], step: int, meet: Meet) -> list[int]:
+        def lacking() -> str | None:
+            found = [self.files.rows(file, step) for file in files]
+            missing = [file for file, count in zip(files, found, strict=True) if count is None]
+            if not missing:
+                self.take(files, [count for count in found if count is not None])
+                return None
+            if self.ahead is not None:
+                self.ahead.check()
+            there = len(files) - len(missing)
+            return f"{self.files.addresses[missing[0]]}, {there} of the {len(files)} files of its window are there"
+
         if self.ahead is not None:
             self.ahead.request(files, upcoming, step)
-        process = None if self.ahead is None else self.ahead.process
-        found = [self.files.wait(file, process) for file in files]
+        meet(lacking)
+        return [count for file in files if (count := self.counts[file]) is not None]
+
+    def take(self, files: list[int], found: list[int]) -> None:
+        """Note how many rows the files have. Raises UserError."""
         for file, count in zip(files, found, strict=True):
             if (earlier := self.counts[file]) not in (None, count):
                 raise UserError(
@@ -236,7 +290,6 @@ class Stream:
                 )
             self.counts[file] = count
         self.check_enough()
-        return found
 
     def check_enough(self) -> None:
         known = [count for count in self.counts if count is not None]
@@ -248,7 +301,9 @@ class Stream:
 
     def open(self, file: int) -> Rows:
         if file not in self.opened:
-            if len(self.opened) > 2 * self.window:  # a batch has rows of two windows at most, mostly
+            if len(self.opened) > 2 * max(
+                self.window, self.first_window
+            ):  # a batch has rows of two windows at most, mostly
                 self.opened.pop(next(iter(self.opened)))
             self.opened[file] = self.files.cut(file)[0].rows
         return self.opened[file]
@@ -259,7 +314,7 @@ class Stream:
 
 
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer, run_dir: Path, addresses: list[str]
+    config: DataConfig, tokenizer: Tokenizer, run_dir: Path, addresses: list[str], show_progress: bool = False
 ) -> tuple[Path, list[str], list[Path] | None]:
     """On the first rank of each node: folder and versions of the files there, and the validation documents.
 
@@ -277,13 +332,15 @@ def prepare(
     if validation is None:
         if config.val_fraction > 0:
             files = Files(config, special, addresses, folder, versions)
-            files.tokenize(0, tokenizer.to_str())
-            files.wait(0)
+            # said after a while only, as the file may be small, or there already
+            with tqdm(desc="tokenize", unit="doc", delay=5, dynamic_ncols=True, disable=not show_progress) as bar:
+                files.tokenize(0, tokenizer.to_str(), bar=bar)
+            files.rows(0)  # raises what went wrong
         return folder, versions, None
     with sources.errors_name_validation():
         find = sources.source_of(validation).files
         used_twice = set() if find is None else set(addresses) & set(find(validation))
-        paths = [] if used_twice else tokenize(validation, tokenizer)
+        paths = [] if used_twice else tokenize(validation, tokenizer, show_progress)
     if used_twice:
         raise UserError(
             f"data.val_dataset={config.val_dataset!r} and data.val_split={config.val_split!r} name files of the "
@@ -306,6 +363,6 @@ def first_rows(config: DataConfig, tokenizer: Tokenizer, run_dir: Path) -> tuple
     files = Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
     for file, address in enumerate(files.addresses):
         files.tokenize(file, tokenizer.to_str())
-        if files.wait(file):
+        if files.rows(file):
             return *files.cut(file), address
     raise UserError(f"data.dataset={config.dataset!r} holds no documents: name one with at least one document")

@@ -26,7 +26,7 @@ from corpus.cache import cache_folder, cache_key, remove_unfinished, unfinished
 from corpus.config import DataConfig
 from corpus.sources import check_not_empty, load_documents
 from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
-from data import Rows
+from data import Meet, Rows
 from runtime.ranks import UserError
 
 STREAM_VERSION = 2  # part of the cache key: raise it when the stored form changes
@@ -95,15 +95,19 @@ def write_tokens(
 
     schema = pa.schema({"input_ids": pa.list_(pa.int32()), "num_bytes": pa.int64()})
     writing, under_way = unfinished(path.parent), deque()
-    with ThreadPoolExecutor(2) as pool, writing.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        with contextlib.suppress(OSError):  # there are file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for batch in batches_of(texts):
-            under_way.append(pool.submit(encode, *batch))
-            if len(under_way) > 2:
+    try:
+        with ThreadPoolExecutor(2) as pool, writing.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            with contextlib.suppress(OSError):  # there are file systems without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            for batch in batches_of(texts):
+                under_way.append(pool.submit(encode, *batch))
+                if len(under_way) > 2:
+                    write_oldest()
+            while under_way:
                 write_oldest()
-        while under_way:
-            write_oldest()
+    except BaseException:
+        writing.unlink(missing_ok=True)  # a file that is tried again and again would fill the disk
+        raise
     writing.rename(path)
 
 
@@ -185,7 +189,7 @@ class TokenFiles:
 class OnDisk:
     """A source of one file (see `data.Source`): rows whose tokens lie on this disk, all of them shuffled together."""
 
-    window = 0
+    window = first_window = 0
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -194,7 +198,7 @@ class OnDisk:
     def __str__(self) -> str:
         return f"{len(self.rows):,} training rows"
 
-    def prepare(self, files: list[int], upcoming: list[int], step: int) -> list[int]:
+    def prepare(self, files: list[int], upcoming: list[int], step: int, meet: Meet) -> list[int]:
         return [len(self.rows) for _ in files]
 
     def open(self, file: int) -> Rows:

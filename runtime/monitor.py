@@ -78,29 +78,75 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
 
+class Pace:
+    """How long this rank takes for a block's forward, which all ranks do alike; a step's own time does not tell.
+
+    In a step a fast rank waits for the slow one wherever they communicate. FSDP has gathered the weights when the block
+    starts, so what it takes is the rank's own, or with TP that of its peers. On a GPU it is read once it is over.
+    """
+
+    def __init__(self, block: torch.nn.Module, device: torch.device):
+        self.on_gpu, self.last = device.type == "cuda", 0.0
+        self.start: Any = None
+        self.ended: Any = None  # start and end of the newest
+        self.handles = [block.register_forward_pre_hook(self.before), block.register_forward_hook(self.after)]
+
+    def now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def before(self, *_: Any) -> None:
+        if torch.is_grad_enabled():  # not in an evaluation
+            self.start = self.now()
+
+    def after(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self.ended = self.start, self.now()
+
+    def __call__(self) -> float:
+        """Seconds of the newest forward that is over; 0 before there is one."""
+        if self.ended is not None and (not self.on_gpu or self.ended[1].query()):
+            start, end = self.ended
+            self.last, self.ended = start.elapsed_time(end) / 1000 if self.on_gpu else end - start, None
+        return self.last
+
+
 class Meter:
     """What a step costs, as a mean over the steps since the last line; evaluation and checkpoints do not count.
 
-    `flops_per_step` are those of one rank; `step` and `tokens` what was done before.
+    `flops_per_step` are those of one rank; `step` is the one, and `state` the checkpoint's, that the run goes on from.
+    `block`: see `Pace`.
     """
 
-    def __init__(self, flops_per_step: float, device: torch.device, step: int, tokens: int):
+    def __init__(
+        self, flops_per_step: float, device: torch.device, step: int, state: dict[str, Any], block: torch.nn.Module
+    ):
+        self.pace = Pace(block, device)
         self.flops_per_step, self.device, self.peak = flops_per_step, device, peak_flops(device)
-        self.step, self.tokens = step, tokens
+        self.step, self.tokens, self.fresh = step, state.get("tokens", 0), True
+        self.step_seconds = state.get("step_seconds", 0.0)  # what a step takes by itself
         self.restart()
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return {"step_seconds": self.step_seconds}
 
     def restart(self) -> None:
         self.start, self.data_seconds, self.paused_seconds = time.perf_counter(), 0.0, 0.0
 
-    def loading(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches; waiting for them is noted."""
-        while True:
+    def loading(self, batches: Iterator[Any], count: int) -> Iterator[tuple[bool, Any]]:
+        """The next `count` batches, each with whether it is the last of them; waiting for them is noted."""
+        for number in range(1, count + 1):
             start = time.perf_counter()
             batch = next(batches, None)
             self.data_seconds += time.perf_counter() - start
             if batch is None:
                 return
-            yield batch
+            yield number == count, batch
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,6 +160,8 @@ class Meter:
         """`tokens` so far, read from the device just now: the steps have really ended."""
         steps = step - self.step
         seconds = (time.perf_counter() - self.start - self.paused_seconds) / steps
+        if not self.fresh:  # compiling, and waiting for data, belong to no step
+            self.step_seconds = seconds - self.data_seconds / steps
         line = {
             "tokens": tokens,
             "step_seconds": seconds,
@@ -122,7 +170,7 @@ class Meter:
             "peak_memory_gib": peak_memory_gib(self.device),
             "data_seconds": self.data_seconds / steps,
         }
-        self.step, self.tokens = step, tokens
+        self.step, self.tokens, self.fresh = step, tokens, False
         self.restart()
         return line
 
@@ -186,6 +234,9 @@ class Monitor:
             loss = "not finite" if line["loss"] is None else f"{line['loss']:.3f}"
             self.bar.set_postfix_str(f"loss {loss}, lr {line['lr']:.1e}, {line['tokens_per_second']:,.0f} tokens/s")
         return "line", line
+
+    def waits(self, name: str) -> None:
+        self.bar.set_postfix_str(name and f"waits for {name}")
 
     def check(self) -> None:
         if self.problems:

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import os
 import platform
+import resource
 import signal
 import socket
 import sys
@@ -33,7 +34,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public name for it
 
-SETUP_TIMEOUT = timedelta(hours=12)  # the first rank of a node may tokenise a large corpus while the others wait
+SETUP_TIMEOUT = timedelta(hours=1)  # how long ranks wait for each other before the first step, which may compile
+CONNECT_TIMEOUT = timedelta(minutes=10)  # to find the others at all
+COLLECT_EVERY = 100  # steps
+WORK_TIMEOUT = timedelta(hours=12)  # and while one works for all: tokenises a large corpus, writes to a slow disk
+ROLL_CALL_SECONDS = 3  # between the first rank that gives up waiting and the last one, about
 PEER_PATIENCE_SECONDS = 30  # how long a silent rank waits to be ended after another one has told why
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # that ask a run to stop
 
@@ -134,6 +139,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def cores() -> int:
+    """Which this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def tune_process() -> None:
     """What training on a CPU asks of a Linux with glibc. Call it first: threads inherit how they are scheduled."""
     if hasattr(os, "SCHED_BATCH"):
@@ -148,22 +158,37 @@ def tune_process() -> None:
         libc.mallopt(m_trim_threshold, -1)  # never
 
 
+def raise_file_limit() -> None:
+    """As many open files as the system lets a process have: gloo keeps a socket per peer and group."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS says "no limit" and accepts less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def init_distributed(deterministic: bool = False) -> torch.device:
     """Start the process group, also for one process; returns this rank's device: CUDA with NCCL, else CPU with gloo."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+    raise_file_limit()
+    gc.freeze()  # what the imports have made is no garbage: without it the collector has little to walk through
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     else:  # torchrun sets OMP_NUM_THREADS=1 whatever the number of cores
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world_size()))
+        torch.set_num_threads(max(1, cores() // local_world_size()))
         tune_process()
     store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", timeout=SETUP_TIMEOUT))
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=CONNECT_TIMEOUT))
+        except dist.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"rank {os.environ['RANK']} did not meet the others at {address} within {CONNECT_TIMEOUT}: on every "
+                f"node that name must be the first node's, and not, as in many an /etc/hosts, 127.0.1.1 ({error})"
+            ) from error
         # torchrun --max-restarts keeps its store, and in it the addresses of ranks that are gone (pytorch#135712). Only
         # on a single node do all ranks know the same number of restarts.
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if size == local_world_size() else "any"
@@ -173,6 +198,22 @@ def init_distributed(deterministic: bool = False) -> torch.device:
         backend, store=store, rank=rank, world_size=size, timeout=SETUP_TIMEOUT, device_id=device_id
     )
     return device
+
+
+def collect_garbage(steps_taken: int, owns_process: bool) -> None:
+    """Freeze what is there after the first step, and from then on collect on all ranks at the same step, not before.
+
+    Each rank would stop at moments of its own, and with many ranks one of them always does, for which all wait. In a
+    process of somebody else the collector is left alone.
+    """
+    if not owns_process or steps_taken == 0:
+        return
+    gc.disable()
+    if steps_taken == 1:
+        gc.collect()
+        gc.freeze()
+    elif steps_taken % COLLECT_EVERY == 0:
+        gc.collect()
 
 
 @contextlib.contextmanager
@@ -222,9 +263,46 @@ def timeout_of_group() -> timedelta | None:
 
 
 def set_timeout(timeout: timedelta, mesh: DeviceMesh | None = None) -> None:
-    """From now on, for the default group and those of the mesh. Local: it waits for nobody."""
+    """From now on, for the default group and those of the mesh, which do not inherit it (pytorch#119574).
+
+    Local: it waits for nobody.
+    """
     for group in (None, *(mesh.get_all_groups() if mesh else ())):
         _set_pg_timeout(timeout, group)
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """What takes long is no hang: within it the default group waits WORK_TIMEOUT, and then as long as before."""
+    before = timeout_of_group()
+    set_timeout(WORK_TIMEOUT)
+    try:
+        yield
+    finally:
+        if before is not None:
+            set_timeout(before)
+
+
+def call_the_roll(error: BaseException) -> None:
+    """If ranks have waited in vain: say on standard error which did not come. Through the store, and by one rank.
+
+    A rank that gives up closes its connections, so that others hear of that instead. Who has waited itself gives them
+    a moment to say that they are there, and waits for no one longer than that.
+    """
+    waited = "imed out" in str(error)  # as gloo and NCCL put it
+    if not waited and " by peer" not in str(error):  # closed, or reset
+        return
+    with contextlib.suppress(dist.DistError):  # torchrun may be gone, and with it the store
+        store, own, everyone = dist.distributed_c10d._get_default_store(), dist.get_rank(), range(dist.get_world_size())
+        store.set(f"here/{own}", "")
+        if not waited:
+            return
+        store.set(f"waited/{own}", "")
+        time.sleep(ROLL_CALL_SECONDS)
+        missing = [rank for rank in everyone if not store.check([f"here/{rank}"])]
+        if own == next(rank for rank in everyone if store.check([f"waited/{rank}"])):
+            names = ", ".join(map(str, missing)) or "none: one was late, or the network is slow"
+            print(f"waited {timeout_of_group()} in vain. Ranks that did not come: {names}", file=sys.stderr, flush=True)
 
 
 def leave_together() -> None:
@@ -232,6 +310,7 @@ def leave_together() -> None:
 
     gloo sometimes aborts a process that exits while tensors of a model are alive: collect the cycles first.
     """
+    gc.unfreeze()
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

@@ -168,12 +168,15 @@ class RunDirectory:
         total = {"total_steps": steps, "status": f"{status} at step {step}"}
         return self.state | total | {"identity": self.identity, "at_default": at_default} | values
 
-    def say_how_it_ended(self, step: int, stopping: bool) -> None:
+    def say_how_it_ended(self, step: int, stopping: bool, failure: UserError | None) -> None:
+        """Raises `failure`, for which the run was stopped, if there is one."""
         own = checkpoint.complete_checkpoints(self.path)
         newest = own[-1] if own else self.resume_from
         if stopping:
             say(f"the same command goes on from {newest}" if newest else "the same command starts anew")
             say(f"stopped at step {step}")
+            if failure is not None:
+                raise failure
         else:
             say(f"complete at step {step}: checkpoint {newest}, metrics {self.path}/metrics.jsonl")
             say(f'sample from it: python generate.py {self.path} --prompt "def "')
@@ -210,6 +213,8 @@ def hold(run_dir: Path) -> IO:
     except BlockingIOError as error:
         file.close()
         raise in_use(run_dir) from error
+    except OSError as error:  # some file systems of clusters have no locks
+        say(f"WARNING: {run_dir} cannot be locked ({error.strerror}): see to it that no two jobs run in it at a time")
     return file
 
 

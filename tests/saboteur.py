@@ -5,7 +5,8 @@ WHAT                                               WHERE: the NUMBERth call in t
   hang     in C: no Python code runs any more,       evaluation   of the model, in an evaluation after a step
            signal handlers included                  catch-up     of the model, in one before the first step
   nap4     sleep 4 seconds                           save         of what writes a checkpoint
-                                                     set-up       of the process group
+  hurry6   have ranks wait for each other only       set-up       of the process group
+           6 seconds before the first step           load         of the checkpoint, if there is one
                                                      together     of what all ranks do together, in training
   wait     touch `waiting-<rank>` in the working     step         NUMBER is the step, just before the weights change
            directory until there is a file `go`
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ import torch
 import checkpoint
 import model
 import train
-from runtime import monitor, ranks, shutdown
+from runtime import monitor, ranks, rundir, shutdown
 
 RANK = os.environ.get("RANK", "0")
 calls = Counter()
@@ -42,6 +44,8 @@ def misbehave(what: str) -> None:
         raise RuntimeError(f"sabotage on rank {RANK}")
     while what == "hang":
         ctypes.PyDLL(None).sleep(100_000)  # a signal ends it early
+    if what.startswith("hurry"):
+        ranks.SETUP_TIMEOUT = timedelta(seconds=float(what.removeprefix("hurry")))
     if what.startswith("nap"):
         time.sleep(float(what.removeprefix("nap")))
     while what == "wait" and not Path("go").exists():
@@ -80,6 +84,7 @@ def main() -> None:
     sabotage(model.Llama, "forward", kind_of_forward, faults)
     sabotage(checkpoint.Saver, "write", lambda *_: "save", faults)
     sabotage(ranks, "init_distributed", lambda *_: "set-up", faults)
+    sabotage(rundir.RunDirectory, "load", lambda *_: "load", faults)
     sabotage(monitor.Monitor, "check", lambda *_: "together", faults)
     sabotage(train, "learning_rate", lambda step, *_: f"step={step}", faults)
     handle = shutdown.Shutdown.on_signal

@@ -53,6 +53,7 @@ LAW = {  # what it sets itself
     "data.num_workers": 0,
 }
 TIMINGS = ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "data_seconds")
+TIMINGS += ("slowest_rank", "slowest_ratio")
 MESH = {"parallel.tp": 2}  # of four ranks: dp 2 x tp 2
 CPU = torch.device("cpu")
 

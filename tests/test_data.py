@@ -227,11 +227,13 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
 class Known:
     """A source whose files have been counted: only what the order asks for. `window` as in `data.Source`."""
 
-    def __init__(self, counts: list[int], window: int = 0, known: bool = True):
+    def __init__(self, counts: list[int], window: int = 0, known: bool = True, first_window: int = 0):
         self.all_counts, self.window, self.asked = counts, window, []
+        self.first_window = first_window or window
         self.counts = list(counts) if known else [None] * len(counts)
 
-    def prepare(self, files: list[int], upcoming: list[int], step: int) -> list[int]:
+    def prepare(self, files: list[int], upcoming: list[int], step: int, meet: data.Meet) -> list[int]:
+        meet(lambda: None)
         self.asked.append((files, upcoming, step))
         for file in files:
             self.counts[file] = self.all_counts[file]
@@ -302,6 +304,34 @@ def test_the_order_of_a_streamed_corpus_is_that_of_commit_cc6ef64(counts, window
     found = islice(global_batches(Known(counts, window, known), first_step, size, seed), 6)
     places = [[divmod(row, ROWS_OF_A_FILE) for row in batch.tolist()] for batch in found]
     assert places == [[(int(file), int(row)) for file, row in step.split()] for step in rows.split("  ")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_a_smaller_first_window_comes_once_and_later_epochs_have_whole_ones(size):
+    counts = [3, 0, 5, 2, 1, 4, 2]
+    source = Known(counts, window=3, known=False, first_window=1)
+    found = [
+        number for rows in islice(global_batches(source, 1, size, 0), 2 * (17 // size)) for number in rows.tolist()
+    ]
+    order = permutation(len(counts), 0, 0).tolist()
+    assert [files for files, *_ in source.asked[:3]] == [order[:1], order[1:4], order[4:7]]
+    again = permutation(len(counts), 0, 1).tolist()
+    assert [files for files, *_ in source.asked[3:5]] == [again[:3], again[3:6]]
+    everything = [file * ROWS_OF_A_FILE + row for file, count in enumerate(counts) for row in range(count)]
+    epoch = found[: 17 // size * size]
+    assert len(set(epoch)) == len(epoch) and set(epoch) <= set(everything)
+    for step in (1, 17 // size, 17 // size + 1):
+        resumed = Known(counts, window=3, known=False, first_window=1)
+        assert next(global_batches(resumed, step, size, 0)).tolist() == found[(step - 1) * size : step * size]
+
+
+def test_all_ranks_meet_where_a_window_begins_and_nowhere_else():
+    met, source = [], Known([3, 0, 5, 2, 1], window=2, known=False)
+    rows = global_batches(source, 1, 2, 0, meet=met.append)
+    assert met == [], "nobody is waited for before rows are asked for"
+    for _ in range(12):
+        next(rows)
+        assert len(met) == len(source.asked)
 
 
 def test_a_window_is_prepared_once_and_with_the_first_step_that_takes_rows_of_it():
@@ -425,6 +455,7 @@ def test_leaving_ends_the_workers_although_the_batches_are_still_held(source, er
     held, started, others = None, time.monotonic(), set(mp.active_children())
     try:
         with batches_of(source, 1, 1000, workers=2) as batches:
+            assert set(mp.active_children()) == others, "they start with the first batch"
             next(batches)
             held = batches
             assert len(set(mp.active_children()) - others) == 2

@@ -148,7 +148,9 @@ def real_step(arguments: list[str]) -> dict:
     rows, (dp_rank, dp) = config.train.micro_batch_size, parallel.dp_rank_and_size(mesh)
     generator = torch.Generator().manual_seed(dp_rank)  # TP peers see the same rows
     earlier, kinds = flight_records([]), Counter()
-    for _ in range(config.train.global_batch_size // (rows * dp)):
+    micro_steps = config.train.global_batch_size // (rows * dp)
+    for number in range(1, micro_steps + 1):
+        parallel.sum_over_replicas(model, config.parallel, number == micro_steps)
         tokens = torch.randint(config.model.vocab_size, (rows, config.data.seq_len), generator=generator)
         positions = [torch.zeros_like(tokens)] if config.data.document_mask else []
         with CommDebugMode() as comms, parallel.loss_context(mesh):
@@ -284,7 +286,7 @@ def causes(report: Report) -> Counter:
     found = Counter()
     for call in report.collectives:
         layers = report.config.model.num_hidden_layers if call.module.startswith(BLOCK) else 1
-        micro_steps = 1 if call.phase == "update" else report.micro_steps
+        micro_steps = 1 if call.phase == "update" or call.axis == "dp_replicate" else report.micro_steps  # float32
         count, rest = divmod(call.count, layers * micro_steps)
         assert rest == 0
         found[call.module.replace(BLOCK, "block"), call.phase, call.kind, call.axis] += count

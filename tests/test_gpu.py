@@ -101,6 +101,22 @@ def test_packed_documents_that_do_not_see_each_other_are_learnt_from(tmp_path):
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
 
 
+def test_float32_attention_with_grouped_queries_makes_no_matrix_of_all_pairs():
+    """4 heads x 8,192 x 8,192 float32 would be 1 GiB, and backward needs more than one of them."""
+    attention = model.Llama(model.ModelConfig(num_attention_heads=4, num_key_value_heads=2)).model.layers[0].self_attn
+    attention, x = attention.cuda(), torch.randn(1, 8192, 256, device="cuda", requires_grad=True)
+    cos, sin = torch.ones(2, 8192, 64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(x, cos, sin, None).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 2**29
+
+
+def test_a_chunk_of_the_loss_takes_a_tenth_of_the_memory_at_most():
+    memory = torch.cuda.get_device_properties(0).total_memory
+    assert model.logits_at_once(torch.device("cuda")) * 16 <= max(memory / 10, 2**31)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("tp", [1, 2])
 def test_two_gpus_compute_what_one_does(tmp_path, tp):

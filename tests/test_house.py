@@ -52,8 +52,8 @@ def train_function() -> ast.FunctionDef:
     return function
 
 
-def the_loop() -> ast.For:
-    return max((node for node in ast.walk(train_function()) if isinstance(node, ast.For)), key=length)
+def the_loop() -> ast.While:
+    return max((node for node in ast.walk(train_function()) if isinstance(node, ast.While)), key=length)
 
 
 def test_train_fits_on_a_page_and_a_half_and_its_loop_on_one():

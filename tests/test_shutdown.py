@@ -281,6 +281,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_time_out_and_shows_where(two):
     assert ended.status == 1
     trace = r'(?s)Timeout \(0:00:13\)!.*most recent call first.*saboteur.py", line \d+ in misbehave.*train.py", line'
     assert re.search(trace, ended.errors), ended.errors  # after the time-out and 5 seconds
+    assert "waited 0:00:08 in vain. Ranks that did not come: 1\n" in ended.errors
     assert ended.damage == [] and ended.state["step"] == before(two, "hang").state["step"] + 2
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing as mp
 import os
+import queue
 import random
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from documents import BOS, EOS, byte_tokenizer, texts_of, write_gzip, write_jsonl, write_lines, write_parquet
-from test_train import Lab, assert_close, facts, without_bars
+from test_train import Lab, assert_close, facts, kill, ranks_of, without_bars
 
 import configs
 import corpus as corpus_module
@@ -29,6 +30,7 @@ from corpus.config import DataConfig
 from corpus.tokenizer import load_tokenizer, special_tokens
 from data import permutation
 from model import IGNORE_INDEX
+from runtime import ranks as runtime_ranks
 from runtime.ranks import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -68,8 +70,11 @@ class Now(stream.Ahead):
     def start(self) -> None:
         self.requests = self
 
-    def send(self, numbers: list[int]) -> None:
-        for file in numbers:
+    def send(self, request: tuple[int, list[int], list[int]]) -> None:
+        step, files, upcoming = request
+        for file in files:
+            self.files.tokenize(file, self.tokenizer_json, due=step)
+        for file in upcoming:
             self.files.tokenize(file, self.tokenizer_json)
 
 
@@ -79,8 +84,8 @@ def find_files(config: DataConfig, run_dir: str = "run") -> stream.Files:
     return stream.Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
 
 
-def tokenize(files: stream.Files, file: int, *ended: threading.Event) -> None:
-    files.tokenize(file, byte_tokenizer(BOS, EOS).to_str(), *ended)
+def tokenize(files: stream.Files, file: int, *ended: threading.Event) -> bool:
+    return files.tokenize(file, byte_tokenizer(BOS, EOS).to_str(), *ended)
 
 
 def open_stream(config: DataConfig, run_dir: str = "run", size: int = 1, oldest_step=lambda: 0) -> stream.Stream:
@@ -101,7 +106,7 @@ def epoch_of(rows: stream.Stream, size: int, epoch: int = 0, seed: int = 0) -> l
     next(everything)
     for file in range(len(rows.counts)):
         tokenize(rows.files, file)
-    steps = sum(rows.files.wait(file) for file in range(len(rows.counts))) // size
+    steps = sum(rows.files.rows(file) for file in range(len(rows.counts))) // size
     return list(islice(batches(rows, size, seed=seed), epoch * steps, (epoch + 1) * steps))
 
 
@@ -226,7 +231,7 @@ def test_what_a_resume_from_the_oldest_kept_checkpoint_needs_is_still_there(corp
         for batch in islice(batches(rows, size), oldest + 6):
             expected.append(batch)
         with monkeypatch.context() as patch:
-            patch.setattr(stream.time, "sleep", None)  # nobody would tokenise what it waited for
+            patch.setattr(data.time, "sleep", None)  # nobody would tokenise what it waited for
             resumed = stream.Stream(rows.files, rows.counts, 1)
             assert list(islice(batches(resumed, size, oldest + 1, counts=rows.counts), 3)) == expected[oldest:][:3]
 
@@ -276,44 +281,174 @@ def test_a_file_that_has_changed_in_the_middle_of_a_run_is_refused(corpus):
 
 
 def test_training_waits_for_a_file_that_is_not_ready_and_no_longer_than_its_process_lives(corpus):
-    files, started = open_stream(make_config(corpus)).files, time.monotonic()
-    timer = threading.Timer(0.4, tokenize, (files, 5))
+    rows, started = open_stream(make_config(corpus)), time.monotonic()
+    rows.ahead.send = lambda request: None
+    timer = threading.Timer(0.4, tokenize, (rows.files, 5))
     timer.start()
-    assert files.wait(5) > 0 and time.monotonic() - started >= 0.4
+    assert rows.prepare([5], [], 1, data.alone)[0] > 0 and time.monotonic() - started >= 0.4
     timer.join()
-    ended = mp.get_context("spawn").Process(target=os.getpid)
-    ended.start()
-    ended.join()
-    with pytest.raises(ValueError, match="process that tokenises ahead has died, exit code 0"):
-        files.wait(6, ended)
+    rows.ahead.process = mp.get_context("spawn").Process(target=os.getpid)
+    rows.ahead.process.start()
+    rows.ahead.process.join()
+    with pytest.raises(UserError, match="process that tokenises ahead has died, exit code 0"):
+        rows.prepare([6], [], 2, data.alone)
 
 
-def test_when_the_leader_of_a_node_leaves_nobody_waits_for_a_file_that_will_not_come(corpus, monkeypatch):
-    monkeypatch.setattr(stream.Ahead, "start", lambda ahead: setattr(ahead, "process", mp.current_process()))
-    rows = open_stream(make_config(corpus))
-    ahead = stream.Ahead(rows.files, "{}", lambda: 0)
-    ahead.finalize, ahead.requests = (lambda: None), mp.Pipe()[1]
-    ahead.request([5], [6], 1)
-    rows.files.tokenize(6, byte_tokenizer(BOS, EOS).to_str())
-    ahead.stop()
-    with pytest.raises(UserError, match="the rank that leads this node has ended"):
-        rows.files.wait(5)
-    assert rows.files.wait(6) > 0, "what is there stays"
+def test_what_is_waited_for_is_told_by_name_and_how_much_is_there(corpus):
+    rows, told = open_stream(make_config(corpus)), []
+    rows.ahead.send = lambda request: tokenize(rows.files, 1)
+
+    def meet(lacking) -> None:
+        told.append(lacking())
+        tokenize(rows.files, 2)
+        told.append(lacking())
+
+    rows.prepare([1, 2], [], 1, meet)
+    assert told == [f"{corpus}/2.jsonl, 1 of the 2 files of its window are there", None]
 
 
 def test_what_goes_wrong_with_a_file_is_said_with_its_name(corpus, monkeypatch):
     files = open_stream(make_config(corpus)).files
     with monkeypatch.context() as patch:
         patch.setattr(tokens_module, "encode_documents", lambda *_: 1 / 0)
-        tokenize(files, 5)
-    with pytest.raises(ValueError, match=r"corpus/5.jsonl: division by zero"):
-        files.wait(5)
+        assert not tokenize(files, 5)
+    with pytest.raises(UserError, match=r"corpus/5.jsonl: division by zero"):
+        files.rows(5)
+    assert files.rows(5, due=1) is None, "it was not due yet, and will be tried again"
+    assert tokenize(files, 5) and files.rows(5) > 0, "as here"
+    files.path(5, "error").write_text("0\nold")
     assert open_stream(make_config(corpus)).files.path(5, "error").exists() is False, "the next start tries again"
+
+
+def test_files_leave_nothing_behind_but_their_tokens_and_share_a_tokenizer(corpus, cache):
+    """A tokenizer keeps the memory that it has taken, and `datasets` leaves a lock for each file that it has opened."""
+    files = open_stream(make_config(corpus)).files
+    before = {path.name for path in files.folder.parent.iterdir()}
+    stream.encoder.cache_clear()
+    for file in range(len(TEXTS)):
+        assert tokenize(files, file)
+    assert stream.encoder.cache_info().misses == 1
+    assert {path.name for path in files.folder.parent.iterdir()} == before
+    assert {path.suffix for path in files.folder.iterdir()} == {".arrow", ".rows"}
+
+
+def test_attempts_that_fail_leave_nothing_behind(corpus):
+    (corpus / "6.jsonl").write_bytes(b'{"text": "a"}\n' * 3000 + b"{")
+    files = open_stream(make_config(corpus)).files
+    for _ in range(2):
+        assert not tokenize(files, 6)
+    assert {path.name for path in files.folder.iterdir()} == {f"{files.versions[6]}.error"}
+
+
+def counts_on_two_nodes(config: DataConfig, folder: str) -> list[int | None]:
+    """Each with a cache of its own; that of rank 1 knows a file that is empty from an earlier start."""
+    import datasets
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder) / str(rank))
+        patch.setattr(runtime_ranks.socket, "gethostname", lambda: f"node {rank}")
+        patch.setattr(corpus_module, "tokenizer_of_run", lambda *_: byte_tokenizer(BOS, EOS))
+        if rank == 1:
+            tokenize(find_files(config), 0)
+        with corpus_module.opened(config, Path("run"), 1, None, lambda: 0) as found:
+            return found.source.counts
+
+
+def test_what_is_known_of_the_files_is_the_same_on_all_nodes(corpus, ranks, tmp_path):
+    """Or one would wait with the others where a window begins, and another not."""
+    counts = ranks(2, counts_on_two_nodes, make_config(corpus), str(tmp_path / "caches"))
+    assert counts == [[None] * len(TEXTS)] * 2
+
+
+def start_ahead(files: stream.Files, threads: int = 1) -> stream.Ahead:
+    return stream.Ahead(files, byte_tokenizer(BOS, EOS).to_str(), lambda: 0, threads)
+
+
+def until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
+
+
+def test_a_file_that_is_broken_is_tried_again_before_it_is_due_and_once_more_when_it_is(corpus):
+    whole = (corpus / "5.jsonl").read_bytes()
+    (corpus / "5.jsonl").write_bytes(whole[:-3])
+    (corpus / "6.jsonl").write_bytes(b"{")
+    rows = open_stream(make_config(corpus))
+    rows.ahead = ahead = start_ahead(rows.files)
+    try:
+        rows.prepare([1], [5, 6, 2], 1, data.alone)
+        until(lambda: rows.files.path(5, "error").exists() and rows.files.path(2, "rows").exists())
+        assert rows.files.path(5, "error").read_text().startswith("0\n"), "the ones behind it did not wait for it"
+        (corpus / "5.jsonl").write_bytes(whole)
+        until(lambda: rows.files.is_tokenized(5))  # without being asked
+        assert rows.prepare([5], [6], 3, data.alone)[0] > 0
+        with pytest.raises(UserError, match=r"6.jsonl cannot be read"):
+            rows.prepare([6], [], 7, data.alone)
+        assert rows.files.path(6, "error").read_text().startswith("7\n"), "it was tried when it was due"
+    finally:
+        ahead.stop()
+
+
+def test_attempts_at_a_broken_file_come_less_and_less_often(corpus, monkeypatch):
+    (corpus / "6.jsonl").write_bytes(b"{")
+    files, attempts, clock = open_stream(make_config(corpus)).files, [], [0.0]
+
+    class Queue(queue.SimpleQueue):
+        """Time passes when the process waits for what it is told."""
+
+        def get(self, block=True, timeout=None):
+            if timeout is None:
+                return super().get()
+            clock[0] += timeout
+            if clock[0] > 300:
+                ours.close()
+                return super().get()
+            raise queue.Empty
+
+    tokenize_file = stream.Files.tokenize
+
+    def note(self, file, *arguments) -> bool:
+        attempts.append(clock[0])
+        return tokenize_file(self, file, *arguments)
+
+    monkeypatch.setattr(stream.Files, "tokenize", note)
+    monkeypatch.setattr(stream.queue, "SimpleQueue", Queue)
+    monkeypatch.setattr(stream.time, "monotonic", lambda: clock[0])
+    for name in ("nice", "environ"):
+        monkeypatch.setattr(stream.os, name, {} if name == "environ" else lambda niceness: None)
+    monkeypatch.setattr(stream.signal, "signal", lambda *_: None)
+    theirs, ours = mp.Pipe(duplex=False)
+    ours.send((1, [], [6]))
+    stream.tokenize_ahead(files, byte_tokenizer(BOS, EOS).to_str(), theirs, 1)
+    pauses = [after - before for before, after in pairwise(attempts)]
+    assert pauses[:7] == [1, 2, 4, 8, 16, 32, 60] and set(pauses[7:]) == {60}
+
+
+def test_the_process_that_tokenizes_ahead_stands_back_behind_the_trainers_of_its_node(corpus):
+    """A lower priority, and no more threads than it is given."""
+    tasks = []
+    for threads in (1, 3):
+        shutil.rmtree(open_stream(make_config(corpus)).files.folder)
+        files = open_stream(make_config(corpus)).files
+        ahead = start_ahead(files, threads)
+        ahead.request([5], [], 1)
+        try:
+            until(lambda files=files: files.is_tokenized(5))
+            pid = ahead.process.pid
+            assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + stream.NICENESS)
+            tasks.append(len(list(Path(f"/proc/{pid}/task").iterdir())))
+        finally:
+            ahead.stop()
+    assert tasks[1] - tasks[0] == 2
 
 
 def live_for_a_while(files: stream.Files, pipe) -> None:
     """A parent that starts the process of a node, says which, and then hangs."""
-    ahead = stream.Ahead(files, byte_tokenizer(BOS, EOS).to_str(), lambda: 0)
+    ahead = start_ahead(files)
     ahead.request([5], [], 1)
     pipe.send(ahead.process.pid)
     time.sleep(600)
@@ -333,7 +468,7 @@ def test_the_process_that_tokenizes_ahead_ignores_signals_and_ends_with_training
     parent = mp.get_context("spawn").Process(target=live_for_a_while, args=(files, theirs))
     parent.start()
     pid = ours.recv()
-    assert files.wait(5) > 0
+    until(lambda: files.is_tokenized(5))
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
     time.sleep(0.3)
@@ -361,9 +496,9 @@ def test_validation_documents_are_of_the_first_file_and_in_no_training_row(tmp_p
     assert len(held_out) == 5 and sorted(held_out + first) == sorted(f"a {text}" for text in texts)
     tokenize(files, 1)
     assert texts_of(found.source.open(1), tokenizer, found.special.eos) == [f"b {text}" for text in texts]
-    assert files.wait(0) == len(found.source.open(0)), "the rows of the first file are counted without them"
-    found.source.prepare([1], [1], 1)
-    found.source.prepare([1], [1], 10)
+    assert files.rows(0) == len(found.source.open(0)), "the rows of the first file are counted without them"
+    found.source.prepare([1], [1], 1, data.alone)
+    found.source.prepare([1], [1], 10, data.alone)
     assert files.path(0, "arrow").exists(), "the validation rows are read from it"
 
 
@@ -476,6 +611,7 @@ def test_a_configuration_that_cannot_stream_is_refused(arguments, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line from end to end
 
+SABOTEUR = Path(__file__).parent / "saboteur.py"
 STEPS, EVERY = 20, 4
 STREAMING = f"""
 data.stream_files=2 data.val_fraction=0.3 train.steps={STEPS} checkpoint.every={EVERY} train.eval_every=0
@@ -530,7 +666,7 @@ def test_resume_after_two_kills_is_bitwise_identical_with_a_worker_and_without_t
 
 
 @pytest.mark.parametrize(("ranks", "suffix"), [(1, ".jsonl"), (2, ".parquet")])
-def test_a_broken_file_stops_the_run_by_name_and_the_run_goes_on_once_it_is_replaced(lab, reference, ranks, suffix):
+def test_a_broken_file_stops_the_run_which_saves_and_goes_on_once_it_is_replaced(lab, reference, ranks, suffix):
     run_dir, folder = lab.folder / f"broken{suffix}", lab.folder / f"corpus_{suffix[1:]}"
     folder.mkdir()
     for file in lab.documents.iterdir():
@@ -544,7 +680,7 @@ def test_a_broken_file_stops_the_run_by_name_and_the_run_goes_on_once_it_is_repl
     broken.write_bytes(content[: len(content) * 3 // 4])
     # a tokenizer of its own would be trained on all files of so small a corpus, and would find the broken one
     command = arguments(run_dir, f"--data.dataset={folder}", f"--data.tokenizer={reference}/tokenizer.json")
-    command += ["--checkpoint.every=1", "--parallel.tp=1"]
+    command += ["--checkpoint.every=0", "--parallel.tp=1"]
     told = []
 
     def listen(process: subprocess.Popen) -> None:
@@ -558,10 +694,56 @@ def test_a_broken_file_stops_the_run_by_name_and_the_run_goes_on_once_it_is_repl
     assert 'train.py", line' not in errors and (ranks > 1 or "Traceback" not in errors)
     seconds = time.monotonic() - next(when for when, line in told if line.startswith("error: "))
     assert seconds < 20, "the silent ranks do not keep torchrun waiting for 30"
-    assert list((run_dir / "checkpoints").glob("step_*")), "it was to be found in the middle of the run"
+    (saved,) = (run_dir / "checkpoints").glob("step_*")  # in the middle of the run, and only by the stop
+    assert f"stopped at step {int(saved.name[5:])}\n" in result.stdout
+    assert facts(run_dir)[-1]["step"] == int(saved.name[5:]), "no step was lost"
     broken.write_bytes(content)
     result = lab.run_to_end(*command, ranks=ranks)
     assert "resumed from" in result.stdout
+    assert_close(facts(run_dir), facts(reference))
+
+
+def process_ahead(process: subprocess.Popen) -> int:
+    """The one that tokenises, of a run of two ranks. Loader workers are started in the same way, but are not niced."""
+    leader = ranks_of(process.pid)[0]
+    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in listing.stdout.splitlines()]
+    started = (int(pid) for pid, parent, args in rows if int(parent) == leader and "spawn_main" in args)
+    (pid,) = (p for p in started if os.getpriority(os.PRIO_PROCESS, p) > os.getpriority(os.PRIO_PROCESS, leader))
+    return pid
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["it comes", "the run is stopped"])
+def test_waiting_for_a_file_is_no_hang_and_lets_signals_through(lab, reference, stopped):
+    """The process that tokenises is held for longer than the time-out and the 5 seconds after it."""
+    run_dir = lab.folder / f"waiting_{stopped}"
+    command = arguments(run_dir, "--parallel.tp=1", "--parallel.timeout_seconds=2", "--checkpoint.every=0")
+    command += ["--data.num_workers=1"] if stopped else []  # which asks ahead: in the middle of a step
+    for path in lab.cwd.iterdir():
+        path.unlink()
+    process = lab.start(*command, ranks=2, script=(SABOTEUR, "wait@forward=1:0"))
+    try:
+        until((lab.cwd / "waiting-0").exists, 200)  # in the first step: the last window is not asked for yet
+        pid, told = process_ahead(process), ""
+        os.kill(pid, signal.SIGSTOP)
+        (lab.cwd / "go").touch()
+        while "waits for" not in told:
+            told += (more := os.read(process.stderr.fileno(), 2**16).decode())
+            assert more, told
+        time.sleep(9)
+        assert process.poll() is None
+        if stopped:
+            os.kill(ranks_of(process.pid)[1], signal.SIGUSR1)
+        else:
+            os.kill(pid, signal.SIGCONT)
+        output, errors = process.communicate(timeout=200)
+    finally:
+        kill(process)
+    assert process.returncode == 0, errors
+    assert re.search(rf"waits for {lab.documents}/\d.jsonl, [01] of the 2 files", told + errors)
+    if stopped:
+        assert re.search(r"stopped at step \d+\n$", output)
+        assert "resumed from" in lab.run_to_end(*command, ranks=2).stdout
     assert_close(facts(run_dir), facts(reference))
 
 
