@@ -290,7 +290,8 @@ def call_the_roll(error: BaseException) -> None:
     a moment to say that they are there, and waits for no one longer than that.
     """
     waited = "imed out" in str(error)  # as gloo and NCCL put it
-    if not waited and " by peer" not in str(error):  # closed, or reset
+    lost = isinstance(error, RuntimeError) and not isinstance(error, PeerFailed)  # a disk may time out as well
+    if not lost or not (waited or " by peer" in str(error)):  # closed, or reset
         return
     with contextlib.suppress(dist.DistError):  # torchrun may be gone, and with it the store
         store, own, everyone = dist.distributed_c10d._get_default_store(), dist.get_rank(), range(dist.get_world_size())

@@ -33,6 +33,7 @@ from parallel import ParallelConfig
 from runtime import ranks as runtime_ranks
 from runtime import rundir, shutdown
 from runtime.monitor import Pace
+from runtime.ranks import UserError
 
 KNOWN = "shutdown_timeout" in LaunchConfig.__dataclass_fields__  # since torch 2.12
 CPU, SABOTEUR = torch.device("cpu"), Path(__file__).parent / "saboteur.py"
@@ -363,6 +364,13 @@ def test_only_ranks_that_did_not_come_are_named_and_once(tmp_path):
     for process in processes:
         process.join()
     assert "".join(said) == "waited 0:00:03 in vain. Ranks that did not come: 1\n"
+
+
+def test_other_things_that_time_out_are_no_reason_to_call_ranks(capsys):
+    for error in (UserError("part.parquet cannot be read: [Errno 110] Connection timed out"), KeyError("timed out")):
+        runtime_ranks.call_the_roll(error)  # which would need a process group
+    runtime_ranks.call_the_roll(runtime_ranks.PeerFailed("rank 3: RuntimeError: Timed out waiting"))
+    assert capsys.readouterr() == ("", "")
 
 
 def live_and_leave() -> bool:
