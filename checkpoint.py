@@ -18,7 +18,6 @@ import time
 import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,7 +134,7 @@ class Saver:
         self.run_dir, self.config, self.seconds = run_dir, config, seconds  # that the last save took, or one before
         # The thread's collectives must not mix with the training loop's. A slow disk is no reason to end the job;
         # without a thread, Shutdown.unwatched sees to that, and the default group saves a socket for each other rank.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if config.async_save else None
+        self.group = dist.new_group(backend="gloo", timeout=ranks.WORK_TIMEOUT) if config.async_save else None
         self.gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.pending: Future[Path] | None = None  # of the newest save, until its completion has been told
         self.layout: storage.Layout | None = None  # of the last save that succeeded

@@ -27,7 +27,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, pairwise
 from typing import Protocol
 
@@ -264,7 +263,7 @@ def batches(
     num_workers: int,
     device: torch.device,
     meet: Meet = alone,
-    starting: Callable[[], AbstractContextManager] = nullcontext,
+    starting: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[Iterator[tuple[Tensor, ...]]]:
     """This rank's micro-batches from first_step to last_step, on `device`: (B, T) each, as from `Reader`.
 

@@ -64,33 +64,36 @@ def opened(
     on the run may have to be resumed; `tokenizer_json` was trained before for this very run. Leaving waits for no other
     rank.
     """
-    with contextlib.ExitStack() as resources, contextlib.ExitStack() as long_work:
-        long_work.enter_context(ranks.patience())
-        tokenizer = Tokenizer.from_str(ranks.on_rank_0(lambda: tokenizer_of_run(config, tokenizer_json).to_str()))
-        show_progress = dist.get_rank() == 0
-        if config.streaming:
-            addresses = ranks.on_rank_0(partial(stream_files, config))
-            prepare = partial(stream.prepare, config, tokenizer, run_dir, addresses, show_progress)
-            folder, versions, val_paths = ranks.on_each_node(prepare)
-            files = stream.Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
-            ahead = None
-            if (leaders := ranks.node_leaders())[dist.get_rank()] == dist.get_rank():
-                threads = max(1, ranks.cores() - leaders.count(dist.get_rank()))  # the node's trainers keep one each
-                ahead = stream.Ahead(files, tokenizer.to_str(), oldest_step, threads)
-                resources.callback(ahead.stop)
+    with contextlib.ExitStack() as resources:
+        with ranks.patience():
+            tokenizer = Tokenizer.from_str(ranks.on_rank_0(lambda: tokenizer_of_run(config, tokenizer_json).to_str()))
+            show_progress = dist.get_rank() == 0
+            if config.streaming:
+                addresses = ranks.on_rank_0(partial(stream_files, config))
+                prepare = partial(stream.prepare, config, tokenizer, run_dir, addresses, show_progress)
+                folder, versions, val_paths = ranks.on_each_node(prepare)
+                files = stream.Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
+                ahead = None
+                if (leaders := ranks.node_leaders())[dist.get_rank()] == dist.get_rank():
+                    threads = max(
+                        1, ranks.cores() - leaders.count(dist.get_rank())
+                    )  # the node's trainers keep one each
+                    ahead = stream.Ahead(files, tokenizer.to_str(), oldest_step, threads)
+                    resources.callback(ahead.stop)
 
-            known = ranks.on_rank_0(partial(files.known_counts, counts))  # a cache of its own may know more, or less
+                known = ranks.on_rank_0(
+                    partial(files.known_counts, counts)
+                )  # a cache of its own may know more, or less
 
-            def load() -> Corpus:
-                source = stream.Stream(files, known, global_batch_size, ahead)
-                return load_stream(config, tokenizer, source, val_paths)
+                def load() -> Corpus:
+                    source = stream.Stream(files, known, global_batch_size, ahead)
+                    return load_stream(config, tokenizer, source, val_paths)
 
-            corpus = ranks.together(load)
-        else:
-            paths = ranks.on_each_node(partial(tokenize_all, config, tokenizer, show_progress))
-            corpus = ranks.together(partial(load_corpus, config, tokenizer, *paths))
-        ranks.same_everywhere(f"data.dataset={config.dataset}", corpus.fingerprint, "copy it from one")
-        long_work.close()
+                corpus = ranks.together(load)
+            else:
+                paths = ranks.on_each_node(partial(tokenize_all, config, tokenizer, show_progress))
+                corpus = ranks.together(partial(load_corpus, config, tokenizer, *paths))
+            ranks.same_everywhere(f"data.dataset={config.dataset}", corpus.fingerprint, "copy it from one")
         yield corpus
 
 

@@ -255,6 +255,7 @@ class Stream:
         self.files, self.counts, self.global_batch_size, self.ahead = files, counts, global_batch_size, ahead
         self.window = files.config.stream_files
         self.first_window = files.config.stream_first_files or self.window
+        self.most_opened = 2 * max(self.window, self.first_window)  # a batch has rows of two windows at most, mostly
         self.opened: dict[int, Rows] = {}
 
     def __str__(self) -> str:
@@ -301,9 +302,7 @@ class Stream:
 
     def open(self, file: int) -> Rows:
         if file not in self.opened:
-            if len(self.opened) > 2 * max(
-                self.window, self.first_window
-            ):  # a batch has rows of two windows at most, mostly
+            if len(self.opened) > self.most_opened:
                 self.opened.pop(next(iter(self.opened)))
             self.opened[file] = self.files.cut(file)[0].rows
         return self.opened[file]

@@ -89,7 +89,8 @@ class Pace:
         self.on_gpu, self.last = device.type == "cuda", 0.0
         self.start: Any = None
         self.ended: Any = None  # start and end of the newest
-        self.handles = [block.register_forward_pre_hook(self.before), block.register_forward_hook(self.after)]
+        block.register_forward_pre_hook(self.before)
+        block.register_forward_hook(self.after)
 
     def now(self) -> Any:
         if not self.on_gpu:

@@ -54,7 +54,7 @@ class Shutdown:
         self.seconds: list[float] = []  # of each rank, as `vote` was told them
 
     def __enter__(self) -> "Shutdown":
-        ranks.set_timeout(ranks.SETUP_TIMEOUT, self.mesh)  # to the first step, on all groups
+        ranks.set_timeout(self.timeout, self.mesh)
         if not self.in_main_thread:
             say("outside the main thread: signals do not stop this run, it goes on from its last checkpoint")
         for number in ranks.SIGNALS if self.in_main_thread else ():
@@ -71,6 +71,11 @@ class Shutdown:
         with contextlib.suppress(ValueError):  # a generator may be closed by another thread than its own
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long ranks wait for each other: to the first step for as long as the set-up may take."""
+        return timedelta(seconds=self.timeout_seconds) if self.watching else ranks.SETUP_TIMEOUT
 
     def on_signal(self, number: int, frame: object) -> None:
         if self.interrupted and number in (signal.SIGINT, signal.SIGTERM):
@@ -106,8 +111,8 @@ class Shutdown:
         if wish == FAIL:
             ranks.together(lambda: raise_first(problems))
         if watch and not self.watching:  # all ranks have come here, so none is still busy with its set-up
-            ranks.set_timeout(timedelta(seconds=self.timeout_seconds), self.mesh)
-        self.watching |= watch
+            self.watching = True
+            ranks.set_timeout(self.timeout, self.mesh)
         self.watch()
         return wish == STOP and not final, not writing
 
@@ -180,10 +185,9 @@ class Shutdown:
     def unwatched(self) -> Iterator[None]:
         """A slow disk is no reason to end the job."""
         faulthandler.cancel_dump_traceback_later()
-        with ranks.patience():
-            yield
-        if self.watching:
-            ranks.set_timeout(timedelta(seconds=self.timeout_seconds))
+        ranks.set_timeout(ranks.WORK_TIMEOUT)
+        yield
+        ranks.set_timeout(self.timeout)
         self.watch()
 
 

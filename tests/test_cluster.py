@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import Lab, kill, read_metrics, without_bars
+from test_shutdown import until
+from test_train import Lab, read_metrics, without_bars
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig
 
@@ -108,66 +109,36 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 # Jobs that mostly sleep, while the other tests run
 
 
-def stop_in_a_long_step(folder: Path, patience_seconds: int) -> tuple[int, str, str, bool]:
-    """torchrun gets SIGTERM in a step that takes 6 s: status, output, errors, and whether there is a checkpoint."""
-    lab = Lab(folder)
-    run_dir, environment = folder / "run", {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience_seconds)}
-    process = lab.start(
-        f"--run.dir={run_dir}",
-        "--parallel.tp=1",
-        "--checkpoint.every=0",
-        ranks=2,
-        script=(SABOTEUR, "wait@forward=5,nap6@forward=6"),
-        environment=environment,
-    )
-    try:
-        deadline = time.monotonic() + 200
-        while not (lab.cwd / "waiting-1").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+def stop_in_a_long_step(folder: Path, patience_seconds: int) -> tuple[subprocess.CompletedProcess, bool]:
+    """torchrun gets SIGTERM in a step that takes 6 s: how it ended, and whether there is a checkpoint."""
+    lab, run_dir = Lab(folder), folder / "run"
+
+    def stop(process: subprocess.Popen) -> None:
+        until((lab.cwd / "waiting-1").exists, process, "step in which both wait")
         process.send_signal(signal.SIGTERM)
-        while not (lab.cwd / "signalled-1").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until((lab.cwd / "signalled-1").exists, process, "signal")
         (lab.cwd / "go").touch()
-        output, errors = process.communicate(timeout=200)
-    finally:
-        kill(process)
-    return process.returncode, output, errors, any((run_dir / "checkpoints").glob("step_*"))
+
+    arguments = [f"--run.dir={run_dir}", "--parallel.tp=1", "--checkpoint.every=0"]
+    script = (SABOTEUR, "wait@forward=5,nap6@forward=6")
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience_seconds)}
+    result = lab.run(*arguments, ranks=2, script=script, environment=environment, meanwhile=stop)
+    return result, any((run_dir / "checkpoints").glob("step_*"))
 
 
-def hang_in_set_up(folder: Path) -> tuple[float, int, str]:
+def hang_in_set_up(folder: Path) -> tuple[subprocess.CompletedProcess, float]:
     """Rank 1 hangs before the model is loaded; ranks wait for each other 6 s there. How long the job took."""
-    lab, started = Lab(folder), time.monotonic()
-    process = lab.start(
-        f"--run.dir={folder / 'run'}", "--parallel.tp=1", ranks=2, script=(SABOTEUR, "hurry6@set-up=1,hang@load=1:1")
-    )
-    try:
-        _, errors = process.communicate(timeout=200)
-    finally:
-        kill(process)
-    return time.monotonic() - started, process.returncode, errors
+    started, script = time.monotonic(), (SABOTEUR, "hurry6@set-up=1,hang@load=1:1")
+    result = Lab(folder).run(f"--run.dir={folder / 'run'}", "--parallel.tp=1", ranks=2, script=script)
+    return result, time.monotonic() - started
 
 
 def two_runs_with_long_steps(folder: Path) -> list[str]:
-    """The second resumes. torchrun would wait a second; a step takes two."""
-    lab, said = Lab(folder), []
-    for steps in (3, 5):
-        process = lab.start(
-            f"--run.dir={folder / 'run'}",
-            "--parallel.tp=1",
-            "--checkpoint.every=1",
-            f"--train.steps={steps}",
-            "--optim.warmup_steps=1",
-            ranks=2,
-            script=(SABOTEUR, "nap2@step=2,nap2@step=3"),
-            environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"},
-        )
-        try:
-            output, errors = process.communicate(timeout=200)
-        finally:
-            kill(process)
-        assert process.returncode == 0, errors
-        said.append(output)
-    return said
+    """What they say; the second resumes. torchrun would wait a second; a step takes two."""
+    lab, arguments = Lab(folder), [f"--run.dir={folder / 'run'}", "--parallel.tp=1", "--checkpoint.every=1"]
+    arguments.append("--optim.warmup_steps=1")
+    options = {"script": (SABOTEUR, "nap2@step=2,nap2@step=3"), "environment": {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}}
+    return [lab.run_to_end(*arguments, f"--train.steps={n}", ranks=2, **options).stdout for n in (3, 5)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,17 +155,17 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]
 
 def test_torchrun_waits_for_the_save_as_long_as_its_environment_says(jobs):
     """What the Makefile, the recipes and the README set. The other job shows that the variable does it."""
-    status, output, errors, saved = jobs["long"].result()
-    assert saved and "stopped at step" in output and "forcefully" not in errors, errors
+    long, saved = jobs["long"].result()
+    assert saved and "stopped at step" in long.stdout and "forcefully" not in long.stderr, long.stderr
     if not KNOWN:
         return
-    status, output, errors, saved = jobs["short"].result()
-    assert status != 0 and not saved and "stopped at step" not in output, "it was killed before it could save"
+    short, saved = jobs["short"].result()
+    assert short.returncode != 0 and not saved and "stopped at step" not in short.stdout, "killed before it could save"
 
 
 def test_a_rank_that_hangs_in_set_up_ends_the_job(jobs):
-    seconds, status, errors = jobs["set-up"].result()
-    assert status == 1 and "Timed out" in errors
+    result, seconds = jobs["set-up"].result()
+    assert result.returncode == 1 and "Timed out" in result.stderr
     assert seconds < 120
 
 
@@ -232,7 +203,7 @@ def test_who_could_not_save_in_time_is_told_after_the_first_save_and_when_it_res
     )
     for output in jobs["steps"].result():
         assert len(re.findall(expected, output)) == 1, output
-    assert "torchrun kills" not in jobs["long"].result()[1], "where there is time enough, nothing is said"
+    assert "torchrun kills" not in jobs["long"].result()[0].stdout, "where there is time enough, nothing is said"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,17 +230,20 @@ def test_a_file_system_without_locks_is_told_of_and_used_all_the_same(tmp_path, 
 
 def test_a_run_has_as_many_files_as_the_system_permits():
     """gloo keeps a socket per peer and group: 512 ranks want more than the 1,024 that many shells allow."""
-    few = "import resource; _, most = resource.getrlimit(resource.RLIMIT_NOFILE); "
-    few += (
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, most)); from runtime import ranks; ranks.init_distributed(); "
-    )
-    few += "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
-    done = subprocess.run([sys.executable, "-c", few], cwd=SABOTEUR.parent.parent, capture_output=True, text=True)
+    script = """
+import resource
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+from runtime import ranks
+ranks.init_distributed()
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=SABOTEUR.parent.parent, capture_output=True, text=True)
     soft, hard = done.stdout.split()
     assert soft == hard == str(resource.getrlimit(resource.RLIMIT_NOFILE)[1]), done.stderr
 
 
-def test_ranks_that_do_not_find_each_other_say_what_to_look_at(monkeypatch, tmp_path):
+def test_ranks_that_do_not_find_each_other_say_what_to_look_at():
     """Another port than the others': as where the name of the first node is 127.0.1.1 on every node."""
     script = "from datetime import timedelta; from runtime import ranks; ranks.CONNECT_TIMEOUT = timedelta(seconds=1)\n"
     script += "try: ranks.init_distributed()\nexcept ranks.UserError as error: print(error)"

@@ -122,16 +122,19 @@ class Lab:
     def run(
         self,
         *arguments: object,
-        ranks: int = 1,
-        environment: dict[str, str] | None = None,
         meanwhile: Callable[[subprocess.Popen], object] = lambda process: None,
+        **options: Any,
     ) -> subprocess.CompletedProcess:
-        process = self.start(*arguments, ranks=ranks, environment=environment)
-        meanwhile(process)
+        """`options`: as of `start`."""
+        process = self.start(*arguments, **options)
         try:
+            meanwhile(process)
             output, errors = process.communicate(timeout=400)
         except subprocess.TimeoutExpired:
             pytest.fail("\n".join(["it hangs:", *kill(process)]))
+        except BaseException:
+            kill(process)
+            raise
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def run_to_end(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess:
