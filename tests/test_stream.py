@@ -1,5 +1,6 @@
 """Streaming: laws 1, 2, 3 and 7 for a corpus that is read file by file; without a network."""
 
+import contextlib
 import json
 import math
 import multiprocessing as mp
@@ -13,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice, pairwise
 from pathlib import Path
 
@@ -624,7 +625,7 @@ def lab(tmp_path_factory) -> Lab:
     lab = Lab(tmp_path_factory.mktemp("lab"))
     lab.documents = lab.folder / "corpus"
     words, generator = ["def", "return", "x", "(y)", "naïve", "日本", "🙂", "+"], random.Random(0)
-    for i, count in enumerate((9, 0, 7, 1, 12, 5)):
+    for i, count in enumerate((9, 0, 7, 1, 12, 18)):
         lengths = generator.choices([0, 1, 5, 12, 60], k=count)
         texts = [" ".join(generator.choices(words, k=length)) for length in lengths]
         write_jsonl(lab.documents / f"{i}.jsonl", texts)
@@ -713,9 +714,30 @@ def process_ahead(process: subprocess.Popen) -> int:
     return pid
 
 
+@contextlib.contextmanager
+def held(pid: int) -> Iterator[Callable[[], None]]:
+    """A process that stands still, until it is let go, or at the end: it would outlive a run, with its pipe open."""
+
+    def let_go() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield let_go
+    finally:
+        let_go()
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["it comes", "the run is stopped"])
 def test_waiting_for_a_file_is_no_hang_and_lets_signals_through(lab, reference, stopped):
-    """The process that tokenises is held for longer than the time-out and the 5 seconds after it."""
+    """The process that tokenises is held for longer than the time-out and the 5 seconds after it.
+
+    That is in the first step. A worker has asked for rows of the second one by then, all of them in the first window,
+    so that nobody has asked for the last window yet.
+    """
+    counts = json.loads((reference / f"checkpoints/step_{STEPS:08d}/state.json").read_text())["rows_of_files"]
+    assert sum(counts[file] for file in data.permutation(len(counts), 0, 0)[:2]) >= 2 * 8
     run_dir = lab.folder / f"waiting_{stopped}"
     command = arguments(run_dir, "--parallel.tp=1", "--parallel.timeout_seconds=2", "--checkpoint.every=0")
     command += ["--data.num_workers=1"] if stopped else []  # which asks ahead: in the middle of a step
@@ -723,20 +745,20 @@ def test_waiting_for_a_file_is_no_hang_and_lets_signals_through(lab, reference, 
         path.unlink()
     process = lab.start(*command, ranks=2, script=(SABOTEUR, "wait@forward=1:0"))
     try:
-        until((lab.cwd / "waiting-0").exists, 200)  # in the first step: the last window is not asked for yet
-        pid, told = process_ahead(process), ""
-        os.kill(pid, signal.SIGSTOP)
-        (lab.cwd / "go").touch()
-        while "waits for" not in told:
-            told += (more := os.read(process.stderr.fileno(), 2**16).decode())
-            assert more, told
-        time.sleep(9)
-        assert process.poll() is None
-        if stopped:
-            os.kill(ranks_of(process.pid)[1], signal.SIGUSR1)
-        else:
-            os.kill(pid, signal.SIGCONT)
-        output, errors = process.communicate(timeout=200)
+        until((lab.cwd / "waiting-0").exists, 200)
+        with held(process_ahead(process)) as let_go:
+            (lab.cwd / "go").touch()
+            told = ""
+            while not re.search(r"[1-9]\d*/20 .*waits for", told):  # later than for the first window
+                told += (more := os.read(process.stderr.fileno(), 2**16).decode())
+                assert more, told
+            time.sleep(9)
+            assert process.poll() is None
+            if stopped:
+                os.kill(ranks_of(process.pid)[1], signal.SIGUSR1)
+            else:
+                let_go()
+            output, errors = process.communicate(timeout=200)
     finally:
         kill(process)
     assert process.returncode == 0, errors
