@@ -75,15 +75,13 @@ def opened(
                 files = stream.Files(config, special_tokens(tokenizer, config), addresses, folder, versions)
                 ahead = None
                 if (leaders := ranks.node_leaders())[dist.get_rank()] == dist.get_rank():
-                    threads = max(
-                        1, ranks.cores() - leaders.count(dist.get_rank())
-                    )  # the node's trainers keep one each
+                    # the node's trainers keep a core each
+                    threads = max(1, ranks.cores() - leaders.count(dist.get_rank()))
                     ahead = stream.Ahead(files, tokenizer.to_str(), oldest_step, threads)
                     resources.callback(ahead.stop)
 
-                known = ranks.on_rank_0(
-                    partial(files.known_counts, counts)
-                )  # a cache of its own may know more, or less
+                # a cache of its own may know more, or less
+                known = ranks.on_rank_0(partial(files.known_counts, counts))
 
                 def load() -> Corpus:
                     source = stream.Stream(files, known, global_batch_size, ahead)
