@@ -45,6 +45,9 @@ class CheckpointConfig:
     keep_every: Annotated[int, "the checkpoint of every N-th step is kept for good; 0 = none", (">=", 0)] = 0
     async_save: Annotated[bool, "write from a copy in CPU memory while training goes on"] = False
     resume: Annotated[str, '"auto" = from its newest; "never"; or a checkpoint or run directory to branch off'] = "auto"
+    init_from: Annotated[
+        str, "start a new run from a Llama in Hugging Face's format: a folder, or an id on the Hub; weights only"
+    ] = ""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -267,11 +270,6 @@ def check_fit(reader: Reader, tensors: dict[str, dict[str, Any]]) -> None:
     saved = reader.read_metadata().state_dict_metadata
     there = {name: tuple(entry.size) for name, entry in saved.items() if hasattr(entry, "size")}
     here = {f"{part}.{name}": tuple(tensor.shape) for part, state in tensors.items() for name, tensor in state.items()}
-    names = sorted(name for name in here | there if here.get(name) != there.get(name))
-    if names:
-        lines = [f"  {name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} now" for name in names[:8]]
-        more = f"\n  and {len(names) - 8} more" if names[8:] else ""
-        raise ranks.UserError(
-            f"{reader.path} does not fit this model and optimizer:\n" + "\n".join(lines) + more + "\n"
-            "go on with the code and configuration that wrote it, or start over in another --run.dir"
-        )
+    if lines := storage.misfits(there, here):
+        remedy = "go on with the code and configuration that wrote it, or start over in another --run.dir"
+        raise ranks.UserError("\n".join([f"{reader.path} does not fit this model and optimizer:", *lines, remedy]))

@@ -5,38 +5,29 @@ python generate.py runs/quickstart --prompt "def " --max-new-tokens 200 --temper
 
 import argparse
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-import checkpoint
 from corpus.config import DataConfig
-from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
+from corpus.tokenizer import SpecialTokens, own_tokenizer, special_tokens, without_rules
 from model import Llama, ModelConfig
 from runtime.ranks import UserError
+from runtime.rundir import read_run
 from runtime.storage import load_weights
 
 
 def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, SpecialTokens]:
     """The newest checkpoint of a run with its tokenizer. Raises UserError where there is none."""
-    checkpoints = checkpoint.complete_checkpoints(run_dir)
-    if not checkpoints:
-        raise UserError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
-    if damage := checkpoint.damage(checkpoints[-1]):
-        raise UserError("\n".join(damage))
-    try:
-        tables = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"config.toml or tokenizer.json of {run_dir} cannot be read: {error}") from error
+    checkpoint, tables = read_run(run_dir)
+    tokenizer = own_tokenizer(run_dir)
     with torch.device("meta"):
         model = Llama(ModelConfig(**tables["model"]))
     model.to_empty(device=device)
     model.init_weights(seed=0)  # for the buffers, which checkpoints do not hold
-    load_weights(checkpoints[-1], model)
+    load_weights(checkpoint, model)
     special = special_tokens(tokenizer, DataConfig(**tables["data"]))
     return model, tokenizer, special
 

@@ -120,7 +120,7 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
         model.to_empty(device=device)
         model.init_weights(train.seed, parallel.place_shard)
         optimizer = make_optimizer(model, optim)
-        run.load(model, optimizer)  # nothing, in a new run; from here on files are written
+        run.load(model, optimizer, parallel.place_shard)  # if there is what to load; from here on files are written
         start_up.done("model")
         micro_steps = size // (train.micro_batch_size * dp_size)
         say(summary(parameter_count(config.model), config, mesh, device, micro_steps, corpus.source))

@@ -25,8 +25,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import torch
 
+import checkpoint
 from checkpoint import CheckpointConfig
 from corpus.config import DataConfig
+from huggingface import config as pretrained
 from model import ModelConfig, needs_mask
 from parallel import ParallelConfig
 from runtime import ranks
@@ -201,7 +203,7 @@ def nearest_key(name: str) -> str:
 
 def read(arguments: list[str]) -> tuple[dict[str, Any], Path, list[str]]:
     """Values by "section.key" in their order of precedence, the config file's path, and what is wrong so far."""
-    values, errors = {}, []
+    values, line, errors = {}, {}, []
     files = [argument for argument in arguments if not argument.startswith("--")]
     path = Path(files[0]) if files else QUICKSTART
     if len(files) > 1:
@@ -230,8 +232,54 @@ def read(arguments: list[str]) -> tuple[dict[str, Any], Path, list[str]]:
         if not equals:
             errors.append(f"{argument} has no value: write --{name}=value")
             continue
-        values[name] = parse_argument(text, HINTS.get(name, str))
-    return values, path, errors
+        line[name] = parse_argument(text, HINTS.get(name, str))
+    if (values | line).get("checkpoint.init_from"):
+        if not files:  # quickstart's model is another one
+            values = {name: value for name, value in values.items() if not comes_with_a_model(name)}
+        values = upon_a_model(values, line, path, errors)
+    return values | line, path, errors
+
+
+def run_dir(values: dict[str, Any], path: Path) -> str:
+    return str(values.get("run.dir") or f"runs/{path.stem}")
+
+
+def comes_with_a_model(name: str) -> bool:
+    return name.startswith("model.") or name in ("data.tokenizer", "data.bos_token", "data.eos_token")
+
+
+def upon_a_model(values: dict[str, Any], line: dict[str, Any], path: Path, errors: list[str]) -> dict[str, Any]:
+    """The file's values, upon what the model of `checkpoint.init_from` says of itself; adds contradictions to `errors`.
+
+    When a run goes on, its own config.toml says what the model did, which may be gone by now.
+    """
+    name, folder = str((values | line)["checkpoint.init_from"]), Path(run_dir(values | line, path))
+    own = recorded(folder) if checkpoint.complete_checkpoints(folder) else {}
+    if not own:
+        try:
+            own = pretrained.keys(name)
+        except ranks.UserError as error:  # without it no other rule can be asked
+            raise ConfigError("\n".join([*errors, str(error)])) from error
+        errors += [
+            f"{key}={value!r} in {where} is not that of checkpoint.init_from={name}, {own[key]!r}: leave it out"
+            for where, some, free in ((path, values, ()), ("the command line", line, pretrained.FREE))
+            for key, value in some.items()
+            if key.startswith("model.") and key not in free and value != own.get(key, value)
+        ]
+    if "data.tokenizer" in values | line:
+        own = {key: value for key, value in own.items() if not key.startswith("data.")}
+    return own | values
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The model and the tokenizer of a run that came from elsewhere; {} if it did not, or config.toml is damaged."""
+    try:
+        tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        found = {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+    came = bool(found.get("checkpoint.init_from"))
+    return {name: value for name, value in found.items() if came and comes_with_a_model(name)}
 
 
 def load(arguments: list[str], world: int | None = None, local_world: int | None = None) -> Config:
@@ -257,7 +305,7 @@ def load(arguments: list[str], world: int | None = None, local_world: int | None
             errors.append(str(error))
     config = Config(**{section: schema(**sections[section]) for section, schema in SECTIONS.items()})
     config.model.max_position_embeddings = config.model.max_position_embeddings or config.data.seq_len
-    config.run.dir = config.run.dir or f"runs/{path.stem}"
+    config.run.dir = config.run.dir or run_dir({}, path)
     tp = largest_tp(config, world, local_world) if config.parallel.tp == "auto" else config.parallel.tp
     config.parallel.tp = tp
     broken = [*model_rules(config, good), *data_rules(config), *run_rules(config)]
@@ -394,6 +442,11 @@ def data_rules(config: Config) -> Iterator[str]:
 
 def run_rules(config: Config) -> Iterator[str]:
     run, steps, warmup_steps = config.run, config.train.steps, config.optim.warmup_steps
+    if config.checkpoint.init_from and config.checkpoint.resume not in ("auto", "never"):
+        yield (
+            f"checkpoint.resume={config.checkpoint.resume} and checkpoint.init_from={config.checkpoint.init_from} both "
+            "say where the weights come from: leave one out"
+        )
     if 0 < steps < warmup_steps:
         yield warmup_error(warmup_steps, steps)
     if not 0 < len(run.wandb_project) <= 128 or set(run.wandb_project) & set("/\\#?%:"):

@@ -61,8 +61,8 @@ def opened(
     """The corpus, tokenised as far as it has to be, while inside. All ranks enter together; UserError, on all alike.
 
     `counts` are the rows of each file according to the checkpoint that goes on, `oldest_step` is asked from which step
-    on the run may have to be resumed; `tokenizer_json` was trained before for this very run. Leaving waits for no other
-    rank.
+    on the run may have to be resumed; `tokenizer_json` is that of this very run, to be used again. Leaving waits for no
+    other rank.
     """
     with contextlib.ExitStack() as resources:
         with ranks.patience():
@@ -96,8 +96,8 @@ def opened(
 
 
 def tokenizer_of_run(config: DataConfig, recorded: Path | None) -> Tokenizer:
-    """`recorded`: the tokenizer.json of a run that goes on from a checkpoint of its own."""
-    reuse = config.tokenizer == "train" and recorded is not None and recorded.exists()
+    """`recorded`: the tokenizer.json of a run that goes on, where it is used again."""
+    reuse = recorded is not None and recorded.exists()
     return load_tokenizer(replace(config, tokenizer=str(recorded)) if reuse else config)
 
 

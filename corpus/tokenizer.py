@@ -59,6 +59,14 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
         ) from error
 
 
+def own_tokenizer(run_dir: Path) -> Tokenizer:
+    """That of a run. Raises UserError."""
+    try:
+        return Tokenizer.from_file(str(run_dir / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{run_dir}/tokenizer.json cannot be read: {error}") from error
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Token ids. `pad` is only ever an input behind EOS, with target -100, so its value does not matter."""

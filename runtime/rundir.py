@@ -24,6 +24,7 @@ import sys
 import time
 import tomllib
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,8 @@ from torch import nn
 import checkpoint
 import configs
 from configs import Config
+from huggingface import weights
+from huggingface.config import tokenizer_names
 from runtime import ranks, storage
 from runtime.monitor import check_wandb, say
 from runtime.ranks import UserError
@@ -51,6 +54,7 @@ class RunDirectory:
     def __init__(self, config: Config):
         self.path, self.config = Path(config.run.dir), config
         self.lock: IO | None = None
+        self.pretrained: dict[str, weights.Stored] = {}  # where a new run finds the weights of checkpoint.init_from
 
     def __enter__(self) -> "RunDirectory":
         """Lock it if it exists, and choose the newest intact checkpoint. Raises UserError, on all ranks."""
@@ -58,6 +62,9 @@ class RunDirectory:
             candidates = ranks.on_rank_0(self.look)
             self.resume_from, self.damaged = choose_checkpoint(candidates)
             self.state = ranks.on_rank_0(self.read_state)
+            if self.resume_from is None and (init_from := self.config.checkpoint.init_from):
+                with ranks.patience():  # it may come from the Hub
+                    self.pretrained = ranks.on_each_node(partial(weights.find, init_from, self.config.model))
         except BaseException:
             self.__exit__()
             raise
@@ -70,8 +77,10 @@ class RunDirectory:
 
     @property
     def own_tokenizer(self) -> Path | None:
-        """The tokenizer.json that belongs to the checkpoint, if the run goes on from one of its own."""
-        return self.path / "tokenizer.json" if self.is_own(self.resume_from) else None
+        """The tokenizer.json of a run that goes on from a checkpoint of its own, if none is named beside that."""
+        unnamed = ["train", *tokenizer_names(self.config.checkpoint.init_from)]
+        own = self.is_own(self.resume_from) and self.config.data.tokenizer in unnamed
+        return self.path / "tokenizer.json" if own else None
 
     def is_own(self, path: Path | None) -> bool:
         """Else it is a checkpoint of the run that this one branches off."""
@@ -135,10 +144,17 @@ class RunDirectory:
         if not lock.exists() or lock.read_text() != token:
             raise UserError(f"run.dir={self.path} is not the same directory on all nodes: use a shared file system")
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Load the checkpoint, if there is one; when that has succeeded, write what a run starts with."""
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, place: Callable) -> None:
+        """Load the checkpoint, or the weights of `checkpoint.init_from`, if there is one; `place` as in `init_weights`.
+
+        When that has succeeded, write what a run starts with.
+        """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, model, optimizer)
+        elif self.pretrained:
+            ranks.together(partial(weights.load, self.pretrained, model, place))
+            init_from, tokenizer = self.config.checkpoint.init_from, self.config.data.tokenizer
+            say(f"started from the weights of {init_from}, with the tokenizer {tokenizer}")
         ranks.on_rank_0(self.prepare)
         if self.resume_from is not None:
             say(f"resumed from {self.resume_from}")
@@ -356,6 +372,23 @@ def refuse_another_run(path: Path | None, state: dict[str, Any], current: dict[s
     ]
     if lines:
         raise UserError("\n".join([f"{path} is of another run:", *lines, "use another --run.dir, or the same values"]))
+
+
+def read_run(run_dir: Path, step: int | None = None) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The checkpoint of that step, or the newest, and what config.toml holds. Raises UserError if one is damaged."""
+    complete = checkpoint.complete_checkpoints(run_dir)
+    if not complete:
+        raise UserError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
+    path = complete[-1] if step is None else checkpoint.step_folder(run_dir, step)
+    if path not in complete:
+        steps = ", ".join(str(checkpoint.step_of(path)) for path in complete)
+        raise UserError(f"{run_dir} holds no complete checkpoint of step {step}: there are those of {steps}")
+    if damage := checkpoint.damage(path):
+        raise UserError("\n".join(damage))
+    tables = recorded_config(run_dir)
+    if not tables:
+        raise UserError(f"{run_dir}/config.toml is missing, which says what the model is: give it back")
+    return path, tables
 
 
 def recorded_config(run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     unfinished.replace(path)
 
 
+def misfits(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]]) -> list[str]:
+    """A line for each tensor whose shape differs, or that is on one side only; of many, the first eight."""
+    names = sorted(name for name in here | there if here.get(name) != there.get(name))
+    lines = [f"  {name}: {there.get(name, 'absent')} there, {here.get(name, 'absent')} now" for name in names[:8]]
+    return lines + ([f"  and {len(names) - 8} more"] if names[8:] else [])
+
+
 def cause(error: BaseException) -> str:
     """Why a save or a load failed: what the system said on one of the ranks, if it did."""
     failures = [failure for failure, _ in getattr(error, "failures", {}).values()] or [error]

@@ -82,7 +82,7 @@ ALLOWED = [
     ("parallel", "model"),
     ("data", "model"),
     ("checkpoint", "runtime.ranks runtime.storage"),
-    ("configs", "model parallel corpus.config checkpoint runtime.ranks"),
+    ("configs", "model parallel corpus.config checkpoint huggingface.config runtime.ranks"),
     ("corpus.config", ""),
     ("corpus.look", "corpus corpus.* configs data model runtime.ranks"),  # a command
     ("corpus*", "corpus corpus.* data model runtime.ranks"),
@@ -90,10 +90,15 @@ ALLOWED = [
     ("runtime.ranks", ""),
     ("runtime.hardware", ""),
     ("runtime.monitor", "runtime.*"),
+    ("runtime.rundir", "runtime.* checkpoint configs huggingface.*"),
     ("runtime.*", "runtime.* checkpoint configs"),
+    ("huggingface", ""),
+    ("huggingface.*", "huggingface.* model runtime.ranks runtime.storage"),
+    ("integrations.*", "*"),
     ("train", "model parallel data checkpoint configs corpus corpus.* runtime.*"),
     ("explain", "model parallel data checkpoint configs corpus corpus.* runtime.* train"),
     ("generate", "model parallel data checkpoint configs corpus corpus.* runtime.*"),
+    ("export", "model corpus.* huggingface.* runtime.*"),
 ]
 # And of everything else, beyond the standard library.
 FOREIGN = [
@@ -106,7 +111,11 @@ FOREIGN = [
     ("runtime.monitor", "torch tqdm wandb"),
     ("runtime*", "torch"),
     ("corpus*", "torch numpy tokenizers datasets pyarrow tqdm"),
+    ("huggingface*", "torch huggingface_hub"),
     ("generate", "torch tokenizers"),
+    ("export", "torch tokenizers"),
+    ("integrations.ray_train", "torch ray"),
+    ("integrations.lightning_*", "torch lightning"),
     ("*", "torch"),
 ]
 
@@ -133,9 +142,14 @@ def test_imports_make_no_circle():
     assert imports.circle(imports.arrows()) == []
 
 
-def test_no_module_imports_a_command_but_explain_the_optimizer_of_train():
+def test_no_module_imports_a_command_but_explain_the_optimizer_of_train_and_launchers_train():
     for module, targets in imports.arrows().items():
-        assert targets & set(COMMANDS) <= ({"train"} if module == "explain" else set()), module
+        may = module == "explain" or module.startswith("integrations.")
+        assert targets & set(COMMANDS) <= ({"train"} if may else set()), module
+
+
+def test_nothing_imports_an_integration():
+    assert not [module for module, targets in imports.arrows().items() for t in targets if t.startswith("integrations")]
 
 
 def test_the_arrows_are_found_wherever_they_start(tmp_path, monkeypatch):
