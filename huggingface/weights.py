@@ -22,6 +22,7 @@ from runtime.ranks import UserError
 from runtime.storage import misfits, write_atomically
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+LONGEST_HEADER = 100_000_000  # bytes, as the format has it
 INDEX, ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -49,7 +50,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, LONGEST_HEADER):
                 raise ValueError(f"its {size:,} bytes do not hold the header")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -80,9 +81,10 @@ def find(name: str, config: ModelConfig) -> dict[str, Stored]:
     Files from the Hub come into the cache of `huggingface_hub` (`HF_HOME`), which all processes of a node share.
     """
     weight_map = read_json(name, INDEX, optional=True).get("weight_map", {})
-    files = sorted(set(weight_map.values())) or [ONE_FILE]
-    if any(Path(file).name != file for file in files):
-        raise UserError(f"checkpoint.init_from={name}: {INDEX} names files outside of it")
+    named = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(file, str) and file == Path(file).name for file in named):
+        raise UserError(f"checkpoint.init_from={name}: {INDEX} must name files beside it")
+    files = sorted(set(named)) or [ONE_FILE]
     try:
         folder = Path(name if Path(name).is_dir() else huggingface_hub.snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of many kinds

@@ -612,7 +612,9 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{NORM} is in model-0000",
     ),
     "no index": (lambda f: (f / weights.INDEX).write_text("{"), "cannot be read"),
-    "files elsewhere": (lambda f: edit(f / weights.INDEX, weight_map={"x": "../x.safetensors"}), "outside of it"),
+    "files elsewhere": (lambda f: edit(f / weights.INDEX, weight_map={"x": "../x.safetensors"}), "files beside it"),
+    "no files": (lambda f: edit(f / weights.INDEX, weight_map=["x"]), "files beside it"),
+    "lists of files": (lambda f: edit(f / weights.INDEX, weight_map={"x": ["y"]}), "files beside it"),
 }
 
 
