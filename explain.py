@@ -30,7 +30,6 @@ How to read it:
 """
 
 import argparse
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -188,14 +187,11 @@ def keep_one_of_each_kind(model: Llama) -> dict[str, list[int]]:
     return {f"{LAYERS}{layers[0]}": layers for layers in kinds.values()}
 
 
-def styles_of(plan: dict[str, ParallelStyle], module: nn.Module, name: str = "") -> dict[str, ParallelStyle]:
-    """By module, the styles of a plan for `module`, which has that name. Each part of a key may have wildcards."""
-    found = {}
-    for key, style in plan.items():
-        for inner in (inner.split(".") for inner, _ in module.named_modules()):
-            if len(inner) == key.count(".") + 1 and all(map(fnmatch, inner, key.split("."))):
-                found[".".join(filter(None, (name, *inner)))] = style
-    return found
+def styles_of(plan: dict[str, ParallelStyle], model: Llama) -> dict[str, ParallelStyle]:
+    """By module. Each part of a plan's key may have wildcards; none stands for a dot, of which there are as many."""
+    names = [name for name, _ in model.named_modules()]
+    pairs = [(key, name) for key in plan for name in names if key.count(".") == name.count(".")]
+    return {name: plan[key] for key, name in pairs if fnmatch(name, key)}
 
 
 def record(
@@ -239,16 +235,15 @@ def weight_row(recorder: Recorder, name: str) -> list | None:
     return [title, tuple(weight.shape), placements, tuple(weight.to_local().shape)]
 
 
-def merge(kinds: dict[str, list[int]], masks: dict[str, str], weights: dict[str, list], recorder: Recorder) -> None:
-    """Make one of kinds of which the same is reported."""
-    shown: dict[str, str] = {}
-    for kind in list(kinds):
-        own = [name for name in weights if block_of(name) == kind]
-        rows = [(name.removeprefix(kind), weights[name], recorder.activations[name]) for name in own]
+def merge(kinds: dict[str, list[int]], weights: dict[str, list], recorder: Recorder) -> dict[str, list[int]]:
+    """One of kinds of which the same is reported."""
+    shown: dict[str, tuple[str, list[int]]] = {}
+    for kind, layers in kinds.items():
+        rows = [(n.removeprefix(kind), weights[n], recorder.activations[n]) for n in weights if block_of(n) == kind]
         calls = [(n.removeprefix(kind), *rest, k) for (n, *rest), k in recorder.calls.items() if block_of(n) == kind]
-        first = shown.setdefault(f"{masks[kind]} {rows} {sorted(calls)}", kind)
-        if first != kind:
-            kinds[first] += kinds.pop(kind)
+        mask = recorder.model.get_submodule(kind).mask
+        shown.setdefault(f"{mask} {rows} {sorted(calls)}", (kind, []))[1].extend(layers)
+    return {kind: sorted(layers) for kind, layers in shown.values()}
 
 
 def explain(config: Config, world: int) -> Report:
@@ -261,18 +256,14 @@ def explain(config: Config, world: int) -> Report:
         parallel.parallelize(model, mesh, replace(config.parallel, compile=False))
         kinds = keep_one_of_each_kind(model)
         sizes = {axis: mesh[axis].size() for axis in mesh.mesh_dim_names} | {"all ranks": world}
-        styles: dict[str, ParallelStyle] = {}
-        if sizes["tp"] > 1:
-            styles |= styles_of(parallel.top_level_plan(), model)
-            for kind in kinds:
-                plan = parallel.block_plan(config.model, sizes["tp"])
-                styles |= styles_of(plan, model.get_submodule(kind), kind)
+        block = parallel.block_plan(config.model, sizes["tp"])
+        plan = parallel.top_level_plan() | {f"{kind}.{key}": block[key] for kind in kinds for key in block}
+        styles = styles_of(plan, model) if sizes["tp"] > 1 else {}
         recorder, memory = record(config, model, mesh, styles, kinds)
     finally:
         dist.destroy_process_group()
     weights = {name: row for name in recorder.activations if (row := weight_row(recorder, name))}
-    masks = {kind: mask_text(model.get_submodule(kind).mask, config.data.document_mask) for kind in kinds}
-    merge(kinds, masks, weights, recorder)
+    kinds = merge(kinds, weights, recorder)
     times = {"": 1} | {kind: len(layers) for kind, layers in kinds.items()}
     weights = {name: row for name, row in weights.items() if block_of(name) in times}
     micro_steps = config.train.global_batch_size * sizes["tp"] // (config.train.micro_batch_size * world)
@@ -284,7 +275,8 @@ def explain(config: Config, world: int) -> Report:
             collectives.append(Collective(name, phase, kind, axis, whole, count))
     order = list(recorder.activations)
     collectives.sort(key=lambda call: order.index(call.module.removesuffix(" (FSDP)")))
-    blocks = {kind: (sorted(layers), masks[kind]) for kind, layers in kinds.items()}
+    masks = {kind: mask_text(model.get_submodule(kind).mask, config.data.document_mask) for kind in kinds}
+    blocks = {kind: (layers, masks[kind]) for kind, layers in kinds.items()}
     return Report(config, mesh.mesh.tolist(), micro_steps, blocks, weights, recorder.activations, collectives, memory)
 
 
@@ -393,8 +385,7 @@ def load(arguments: list[str], world: int, local_world: int) -> Config:
             f"model.vocab_size=0 waits for the tokenizer {config.data.tokenizer}, which is not loaded here: "
             "give the number of rows with --model.vocab_size=N"
         )
-    config.model.vocab_size = config.model.vocab_size or math.ceil(config.data.tokenizer_vocab_size / 128) * 128
-    return config
+    return config if config.model.vocab_size else configs.settle(config, config.data.tokenizer_vocab_size, None)
 
 
 def main() -> None:

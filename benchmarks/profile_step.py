@@ -29,10 +29,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import parallel
-from benchmarks.bench import BATCH, SEQ_LEN, SHAPE
+from benchmarks.bench import BATCH, SEQ_LEN, SHAPE, SLOW_BFLOAT16
 from benchmarks.contenders import Contender, Job, Pace, ours
 from model import SummedLoss
-from runtime.hardware import SLOW_BFLOAT16, slow_bfloat16
+from runtime.hardware import slow_bfloat16
 from runtime.monitor import Meter
 
 MESHES = {"1 rank": (1, 1), "tp 2": (2, 2), "dp 2": (2, 1), "dp 2 x tp 2": (4, 2)}  # ranks, tp
@@ -71,8 +71,8 @@ def named(label: str, function: Callable) -> Callable:
 def name_ranges() -> None:
     loading, work = Meter.loading, torch._C._distributed_c10d.Work
 
-    def recorded_loading(meter: Meter, batches: Iterator[Any]) -> Iterator[Any]:
-        timed = loading(meter, batches)
+    def recorded_loading(meter: Meter, batches: Iterator[Any], count: int) -> Iterator[Any]:
+        timed = loading(meter, batches, count)
         while (batch := named("data", next)(timed, None)) is not None:
             yield batch
 

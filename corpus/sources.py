@@ -47,7 +47,7 @@ class Source:
 
     is_named_by: Callable[[str], bool]  # this data.dataset
     load: Callable[[DataConfig], Documents]
-    files: Callable[[DataConfig], list[str]] | None  # paths or addresses, to be streamed; None: there are none
+    files: Callable[[DataConfig], list[str]]  # paths or addresses, to be streamed; stdlib has none, only its name
     has_parts: bool  # which data.subset and data.split may name
 
 
@@ -78,15 +78,14 @@ def load_documents(config: DataConfig) -> Documents:
 
 def stream_files(config: DataConfig) -> list[str]:
     """Paths or addresses of the dataset's files in the order of their names, for streaming. Raises UserError."""
-    files = source_of(config).files
-    found = [] if files is None else files(config)
-    unknown = [config.dataset] if files is None else [file for file in found if builder_of(file) is None]
+    files = source_of(config).files(config)
+    unknown = [file for file in files if builder_of(file) is None]
     if unknown:
         raise UserError(
             f"data.streaming=true reads {', '.join(READ)}, also as .gz, but {config.dataset} has {unknown[0]}: "
             "set it to false, or convert them"
         )
-    return sorted(found)
+    return sorted(files)
 
 
 def all_texts(config: DataConfig) -> tuple[Iterator[str | None], Any]:
@@ -254,10 +253,8 @@ def texts_of_file(file: str, text_column: str) -> Iterator[str | None]:
         if path.is_file() and path.stat().st_size == 0:  # a file may be empty; `datasets` stumbles over it
             return
         with tempfile.TemporaryDirectory() as locks:  # it leaves one for each file, and nothing else
-            documents = datasets.load_dataset(
-                builder, data_files=[file], split="train", streaming=True, cache_dir=locks
-            )
-        for table in documents.with_format("arrow").iter(100):
+            found = datasets.load_dataset(builder, data_files=[file], split="train", streaming=True, cache_dir=locks)
+        for table in found.with_format("arrow").iter(100):
             if column not in table.column_names:
                 raise UserError(f"data.text_column={text_column!r} is none of its {', '.join(table.column_names)}")
             if str(table[column].type) not in ("string", "large_string", "null"):
@@ -272,7 +269,7 @@ def texts_of_file(file: str, text_column: str) -> Iterator[str | None]:
 
 
 SOURCES = (  # the first one that is named counts
-    Source(lambda name: name == "stdlib", load_stdlib, files=None, has_parts=False),
+    Source(lambda name: name == "stdlib", load_stdlib, files=lambda config: ["stdlib"], has_parts=False),
     Source(lambda name: builder_of(name) is not None, load_with_datasets, files_with_datasets, has_parts=False),
     Source(lambda name: True, load_with_datasets, files_with_datasets, has_parts=True),
 )

@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -165,22 +166,20 @@ def tokenize_ahead(files: Files, tokenizer_json: str, requests: Connection, thre
         waiting.put((0, [], []))
 
     threading.Thread(target=receive, daemon=True).start()
-    step, due, upcoming = waiting.get()
+    step, due, upcoming = 0, [], []
     pauses: dict[int, float] = {}  # of the files that have failed: the seconds that the last one took
-    again: dict[int, float] = {}  # and when each is tried next
+    again: defaultdict[int, float] = defaultdict(float)  # and when each is tried next; the others at once, so first
     while not ended.is_set():
-        in_order = (*due, *sorted(upcoming, key=pauses.__contains__))  # what has failed comes last
-        missing = [file for file in in_order if not files.is_tokenized(file)]
-        now = time.monotonic()
-        file = next((file for file in missing if again.get(file, now) <= now), None)
-        if file is not None and not files.tokenize(file, tokenizer_json, ended, step if file in due else 0):
-            pauses[file] = min(2 * pauses.get(file, 0.5), MOST_PATIENT_SECONDS)
-            again[file] = time.monotonic() + pauses[file]
-        with contextlib.suppress(queue.Empty):
-            soonest = min((again.get(file, now) for file in missing), default=None)
-            step, due, upcoming = waiting.get(timeout=None if soonest is None else max(0, soonest - time.monotonic()))
-            for file in due:
-                again.pop(file, None)
+        missing = [file for file in (*due, *upcoming) if not files.is_tokenized(file)]
+        file = min(missing, key=again.__getitem__, default=None)
+        try:
+            step, due, upcoming = waiting.get(timeout=None if file is None else max(0, again[file] - time.monotonic()))
+            for number in due:
+                again.pop(number, None)
+        except queue.Empty:  # it is time for the file
+            if file is not None and not files.tokenize(file, tokenizer_json, ended, step if file in due else 0):
+                pauses[file] = min(2 * pauses.get(file, 0.5), MOST_PATIENT_SECONDS)
+                again[file] = time.monotonic() + pauses[file]
 
 
 class Ahead:
@@ -236,9 +235,8 @@ class Ahead:
             self.windows.pop(0)
         files = {file for _, files in self.windows for file in files} | {*upcoming, 0}  # 0: may hold the validation
         needed = {self.files.path(file, "arrow") for file in files}
-        for path in self.files.folder.glob("*.arrow"):
-            if path not in needed:
-                path.unlink(missing_ok=True)
+        for path in {*self.files.folder.glob("*.arrow")} - needed:
+            path.unlink(missing_ok=True)
 
 
 def stop(process: BaseProcess, requests: Connection, folder: Path) -> None:
@@ -266,31 +264,26 @@ class Stream:
 
     def prepare(self, files: list[int], upcoming: list[int], step: int, meet: Meet) -> list[int]:
         def lacking() -> str | None:
-            found = [self.files.rows(file, step) for file in files]
-            missing = [file for file, count in zip(files, found, strict=True) if count is None]
-            if not missing:
-                self.take(files, [count for count in found if count is not None])
-                return None
-            if self.ahead is not None:
-                self.ahead.check()
-            there = len(files) - len(missing)
-            return f"{self.files.addresses[missing[0]]}, {there} of the {len(files)} files of its window are there"
+            there = {file: count for file in files if (count := self.files.rows(file, step)) is not None}
+            missing = [self.files.addresses[file] for file in files if file not in there]
+            if missing:
+                if self.ahead is not None:
+                    self.ahead.check()
+                return f"{missing[0]}, {len(there)} of the {len(files)} files of its window are there"
+            for file, count in there.items():
+                if (earlier := self.counts[file]) not in (None, count):
+                    raise UserError(
+                        f"{self.files.addresses[file]} makes {count:,} rows now, and made {earlier:,} earlier in "
+                        "this run: put the file back as it was"
+                    )
+                self.counts[file] = count
+            self.check_enough()
+            return None
 
         if self.ahead is not None:
             self.ahead.request(files, upcoming, step)
         meet(lacking)
         return [count for file in files if (count := self.counts[file]) is not None]
-
-    def take(self, files: list[int], found: list[int]) -> None:
-        """Note how many rows the files have. Raises UserError."""
-        for file, count in zip(files, found, strict=True):
-            if (earlier := self.counts[file]) not in (None, count):
-                raise UserError(
-                    f"{self.files.addresses[file]} makes {count:,} rows now, and made {earlier:,} earlier in "
-                    "this run: put the file back as it was"
-                )
-            self.counts[file] = count
-        self.check_enough()
 
     def check_enough(self) -> None:
         known = [count for count in self.counts if count is not None]
@@ -337,15 +330,12 @@ def prepare(
             files.rows(0)  # raises what went wrong
         return folder, versions, None
     with sources.errors_name_validation():
-        find = sources.source_of(validation).files
-        used_twice = set() if find is None else set(addresses) & set(find(validation))
-        paths = [] if used_twice else tokenize(validation, tokenizer, show_progress)
-    if used_twice:
-        raise UserError(
-            f"data.val_dataset={config.val_dataset!r} and data.val_split={config.val_split!r} name files of the "
-            "training documents: name others, or none and set data.val_fraction"
-        )
-    return folder, versions, paths
+        if set(addresses).isdisjoint(sources.source_of(validation).files(validation)):
+            return folder, versions, tokenize(validation, tokenizer, show_progress)
+    raise UserError(
+        f"data.val_dataset={config.val_dataset!r} and data.val_split={config.val_split!r} name files of the "
+        "training documents: name others, or none and set data.val_fraction"
+    )
 
 
 def names_of(addresses: list[str]) -> list[list[str]]:

@@ -169,13 +169,9 @@ class TokenFiles:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32."""
-        pieces = []
-        while start < stop:
-            chunk = np.searchsorted(self.starts, start, side="right") - 1
-            end = min(stop, self.starts[chunk + 1])
-            pieces.append(self.values[chunk][start - self.starts[chunk] : end - self.starts[chunk]])
-            start = end
-        return np.concatenate(pieces)
+        first, last = np.searchsorted(self.starts, (start + 1, stop)) - 1  # the chunks of the first and the last token
+        chunks = zip(self.starts[first : last + 1], self.values[first : last + 1], strict=True)
+        return np.concatenate([values[max(0, start - own) : stop - own] for own, values in chunks])
 
     def fingerprint(self) -> str:
         """Changes when a document is added, lost, moved, gets another length or, in a sample, another beginning."""
@@ -213,13 +209,11 @@ def cut(tokens: TokenFiles, config: DataConfig, special: SpecialTokens, share: f
 
     Documents that are held out are a function of (their number, share) alone: not of the seed, so runs compare.
     """
+    shape, count = (config.seq_len, config.layout, special.pad, config.document_mask), len(tokens.document_bytes)
 
     def rows(documents: np.ndarray) -> OnDisk:
-        return OnDisk(
-            Rows(tokens, np.sort(documents), config.seq_len, config.layout, special.pad, config.document_mask)
-        )
+        return OnDisk(Rows(tokens, np.sort(documents), *shape))
 
-    count = len(tokens.document_bytes)
     if share == 0:
         return rows(np.arange(count)), None
     held_out = round(count * share)

@@ -5,11 +5,6 @@ import time
 
 import torch
 
-SLOW_BFLOAT16 = (
-    "param_dtype = bfloat16 on a CPU without bf16 instructions is 50 times slower than float32 (seen: 0.9 against "
-    "58 GFLOP/s in matrix products)"
-)
-
 
 @functools.cache
 def slow_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
@@ -85,7 +85,7 @@ class Pace:
     starts, so what it takes is the rank's own, or with TP that of its peers. On a GPU it is read once it is over.
     """
 
-    def __init__(self, block: torch.nn.Module, device: torch.device):
+    def __init__(self, block: nn.Module, device: torch.device):
         self.on_gpu, self.last = device.type == "cuda", 0.0
         self.start: Any = None
         self.ended: Any = None  # start and end of the newest
@@ -122,9 +122,7 @@ class Meter:
     `block`: see `Pace`.
     """
 
-    def __init__(
-        self, flops_per_step: float, device: torch.device, step: int, state: dict[str, Any], block: torch.nn.Module
-    ):
+    def __init__(self, flops_per_step: float, device: torch.device, step: int, state: dict[str, Any], block: nn.Module):
         self.pace = Pace(block, device)
         self.flops_per_step, self.device, self.peak = flops_per_step, device, peak_flops(device)
         self.step, self.tokens, self.fresh = step, state.get("tokens", 0), True
@@ -143,10 +141,8 @@ class Meter:
         """The next `count` batches, each with whether it is the last of them; waiting for them is noted."""
         for number in range(1, count + 1):
             start = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(batches)
             self.data_seconds += time.perf_counter() - start
-            if batch is None:
-                return
             yield number == count, batch
 
     @contextlib.contextmanager
@@ -192,10 +188,8 @@ class Monitor:
         self.wandb_id = wandb_id if self.wandb is None else self.wandb.id
         self.bar = tqdm(total=total_steps, initial=step, disable=not is_main, unit="step", dynamic_ncols=True)
         first, last = run.profile_steps or (0, 0)
-        traced = is_main and step < first <= total_steps
-        self.profiler = torch.profiler.profile() if traced else None
-        self.tracing = False
         self.profiled = first, min(last, total_steps), run_dir / f"trace_steps_{first}_{last}.json"
+        self.profiler: torch.profiler.profile | None = None  # while it traces
         self.trace(step)
 
     def __enter__(self) -> "Monitor":
@@ -203,7 +197,7 @@ class Monitor:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
-        if self.profiler is not None and self.tracing:
+        if self.profiler is not None:
             self.profiler.stop()
         if self.metrics is not None:
             with contextlib.suppress(OSError):  # a line that could not be written is among the problems already
@@ -246,13 +240,13 @@ class Monitor:
     def trace(self, step: int) -> None:
         """After each step: rank 0's Chrome trace of run.profile_steps starts and ends here."""
         first, last, path = self.profiled
-        if self.profiler is not None and step == first - 1:
+        if self.metrics is not None and step == first - 1 < last:
+            self.profiler = torch.profiler.profile()
             self.profiler.start()
-            self.tracing = True
         if self.profiler is not None and step == last:
             self.profiler.stop()
-            self.tracing = False
             self.profiler.export_chrome_trace(str(path))
+            self.profiler = None
 
 
 class SkippedSteps:

@@ -50,14 +50,14 @@ class Shutdown:
         self.failure: ranks.UserError | None = None
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.handlers, self.timeout_before = {}, ranks.timeout_of_group()
-        self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.seconds: list[float] = []  # of each rank, as `vote` was told them
 
     def __enter__(self) -> "Shutdown":
-        ranks.set_timeout(self.timeout, self.mesh)
-        if not self.in_main_thread:
+        ranks.set_timeout(ranks.SETUP_TIMEOUT, self.mesh)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread:
             say("outside the main thread: signals do not stop this run, it goes on from its last checkpoint")
-        for number in ranks.SIGNALS if self.in_main_thread else ():
+        for number in ranks.SIGNALS if in_main_thread else ():
             if signal.getsignal(number) != signal.SIG_IGN:
                 self.handlers[number] = signal.signal(number, self.on_signal)
         return self
@@ -71,11 +71,6 @@ class Shutdown:
         with contextlib.suppress(ValueError):  # a generator may be closed by another thread than its own
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-
-    @property
-    def timeout(self) -> timedelta:
-        """How long ranks wait for each other: to the first step for as long as the set-up may take."""
-        return timedelta(seconds=self.timeout_seconds) if self.watching else ranks.SETUP_TIMEOUT
 
     def on_signal(self, number: int, frame: object) -> None:
         if self.interrupted and number in (signal.SIGINT, signal.SIGTERM):
@@ -100,8 +95,7 @@ class Shutdown:
         is too late to stop anything. `seconds`: what this rank took for work that all do alike, see `slowest`.
         """
         orphaned = self.torchrun is not None and os.getppid() != self.torchrun
-        # where the signals are held they cannot be handled, but are there
-        asked = self.requested or (self.in_main_thread and signal.sigpending() & self.handlers.keys())
+        asked = self.requested or signal.sigpending() & self.handlers.keys()  # those that are held are not handled yet
         wish = FAIL if problems else STOP if asked or orphaned or self.failure else GO_ON
         votes = torch.zeros(2 + dist.get_world_size(), dtype=torch.float64)
         votes[0], votes[1], votes[2 + dist.get_rank()] = wish, writing, seconds
@@ -112,7 +106,7 @@ class Shutdown:
             ranks.together(lambda: raise_first(problems))
         if watch and not self.watching:  # all ranks have come here, so none is still busy with its set-up
             self.watching = True
-            ranks.set_timeout(self.timeout, self.mesh)
+            ranks.set_timeout(timedelta(seconds=self.timeout_seconds), self.mesh)
         self.watch()
         return wish == STOP and not final, not writing
 
@@ -185,9 +179,8 @@ class Shutdown:
     def unwatched(self) -> Iterator[None]:
         """A slow disk is no reason to end the job."""
         faulthandler.cancel_dump_traceback_later()
-        ranks.set_timeout(ranks.WORK_TIMEOUT)
-        yield
-        ranks.set_timeout(self.timeout)
+        with ranks.patience():
+            yield
         self.watch()
 
 
