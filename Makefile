@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Seconds from Ctrl-C or SIGTERM until torchrun kills its processes: a stop finishes the step and saves.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 
-.PHONY: train test check kill-test soak bench lint
+.PHONY: train test test-integrations check kill-test soak bench lint
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
@@ -19,6 +19,10 @@ train: .venv/run
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests $(ARGS)
+
+# The same training under Ray, Lightning and SLURM, and lm-evaluation-harness on what export.py wrote.
+test-integrations: .venv/integrations
+	$(BIN)/python -m pytest -m integration tests/test_integrations.py $(ARGS)
 
 # The laws on tiny runs, with your keys set: what to run after each change.
 check: .venv/dev
@@ -48,4 +52,8 @@ lint: .venv/dev
 
 .venv/dev: .venv/run requirements-dev.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/integrations: .venv/dev requirements-integrations.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-integrations.txt
 	touch $@

@@ -43,16 +43,12 @@ def shards(parameters: dict[str, nn.Parameter], itemsize: int, most: float) -> l
 
 def tokenizer_files(tokenizer: Tokenizer, special: SpecialTokens, max_length: int) -> dict[str, str]:
     """The run's own tokenizer.json, and its configuration."""
-    bos, eos, pad = map(tokenizer.id_to_token, (special.bos, special.eos, special.pad))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        **({"pad_token": pad} if special.pad != special.eos else {}),
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # "<|end_of_text|>" written out in a text is text, as in training
-    }
+    names = {f"{kind}_token": tokenizer.id_to_token(token) for kind, token in vars(special).items()}
+    if special.pad == special.eos:  # it has none of its own
+        del names["pad_token"]
+    # "<|end_of_text|>" written out in a text is text, as in training
+    rules = {"split_special_tokens": True, "clean_up_tokenization_spaces": False, "model_max_length": max_length}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **rules}
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
 
 

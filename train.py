@@ -216,6 +216,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         return configs.print_help()
     try:
+        ranks.check_launcher()
         config = configs.load(sys.argv[1:])
         device = ranks.init_distributed(config.train.deterministic)
         for _ in train(config, device, STARTED, owns_process=True):

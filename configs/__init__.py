@@ -253,8 +253,8 @@ def upon_a_model(values: dict[str, Any], line: dict[str, Any], path: Path, error
 
     When a run goes on, its own config.toml says what the model did, which may be gone by now.
     """
-    name, folder = str((values | line)["checkpoint.init_from"]), Path(run_dir(values | line, path))
-    own = recorded(folder) if checkpoint.complete_checkpoints(folder) else {}
+    name = str((values | line)["checkpoint.init_from"])
+    own = recorded(Path(run_dir(values | line, path)))
     if not own:
         try:
             own = pretrained.keys(name)
@@ -272,14 +272,14 @@ def upon_a_model(values: dict[str, Any], line: dict[str, Any], path: Path, error
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """The model and the tokenizer of a run that came from elsewhere; {} if it did not, or config.toml is damaged."""
+    """The model and the tokenizer of a run that goes on and came from elsewhere; {} if there is none."""
     try:
         tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         found = {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
-    came = bool(found.get("checkpoint.init_from"))
-    return {name: value for name, value in found.items() if came and comes_with_a_model(name)}
+    except (OSError, ValueError, AttributeError):  # damaged, as rundir will say
+        found = {}
+    goes_on = found.get("checkpoint.init_from") and checkpoint.complete_checkpoints(folder)
+    return {name: value for name, value in found.items() if goes_on and comes_with_a_model(name)}
 
 
 def load(arguments: list[str], world: int | None = None, local_world: int | None = None) -> Config:

@@ -26,21 +26,28 @@ SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 FREE = [f"model.{key}" for key in (*OTHERS, "rope_theta", "rope_scaling") if key != "tie_word_embeddings"]
 
 
-def read_json(name: str, file: str, optional: bool = False) -> dict[str, Any]:
-    """A small file of a model: a folder's, or the Hub's. Raises UserError."""
+def fetch(name: str, file: str) -> Path:
+    """A file of a model: a folder's, or the Hub's, from the node's cache (`HF_HOME`). Raises UserError."""
     try:
-        if not (path := Path(name) / file).parent.is_dir():
-            path = Path(huggingface_hub.hf_hub_download(name, file))
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
+        path = Path(name) / file if Path(name).is_dir() else Path(huggingface_hub.hf_hub_download(name, file))
+        path.open("rb").close()
     except Exception as error:  # no such model, no access, no network: of many kinds
-        if optional and isinstance(error, FileNotFoundError | EntryNotFoundError):
-            return {}
         reason = next(iter(str(error).splitlines()), "") or repr(error)
         remedy = "it takes a folder that holds config.json and *.safetensors, or the id of such a model on the Hub"
         raise UserError(f"checkpoint.init_from={name}: {file} cannot be read ({reason}): {remedy}") from error
-    return found
+    return path
+
+
+def read_json(name: str, file: str, optional: bool = False) -> dict[str, Any]:
+    """A JSON object of a model; {} where it is not there and need not be. Raises UserError."""
+    try:
+        return dict(json.loads(fetch(name, file).read_text(encoding="utf-8")).items())
+    except UserError as error:
+        if optional and isinstance(error.__cause__, FileNotFoundError | EntryNotFoundError):
+            return {}
+        raise
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"checkpoint.init_from={name}: {file} is no JSON object ({error}): fetch it again") from error
 
 
 def keys(name: str) -> dict[str, Any]:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from torch import Tensor, nn
 
-from huggingface.config import read_json
+from huggingface.config import fetch, read_json
 from model import Llama, ModelConfig
 from runtime.ranks import UserError
 from runtime.storage import misfits, write_atomically
@@ -47,8 +46,8 @@ class Stored:
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a file by name. Raises UserError unless it is whole, and of floating-point numbers."""
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, LONGEST_HEADER):
                 raise ValueError(f"its {size:,} bytes do not hold the header")
@@ -61,37 +60,23 @@ def read_header(path: Path) -> dict[str, Stored]:
         }
         for name, stored in found.items():
             if stored.dtype not in DTYPES:
-                raise UserError(f"{path}: {name} is {stored.dtype}, which is no weight: it takes {', '.join(DTYPES)}")
+                raise ValueError(f"{name} is {stored.dtype}, which is no weight: it takes {', '.join(DTYPES)}")
             if stored.end - stored.start != math.prod(stored.shape) * DTYPES[stored.dtype].itemsize:
                 raise ValueError(f"{name} has not as many bytes as its shape")
         if (end := max((stored.end for stored in found.values()), default=0)) != size:
             raise ValueError(f"{size:,} bytes instead of {end:,}")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
+        raise UserError(f"{path} is no safetensors file of weights, or not whole: {error}") from error
     return found
 
 
 def find(name: str, config: ModelConfig) -> dict[str, Stored]:
-    """Every weight of `config`'s Llama in a folder, or from the Hub. Raises UserError, with all that differs.
-
-    Files from the Hub come into the cache of `huggingface_hub` (`HF_HOME`), which all processes of a node share.
-    """
+    """Every weight of `config`'s Llama in a folder, or from the Hub. Raises UserError, with all that differs."""
     weight_map = read_json(name, INDEX, optional=True).get("weight_map", {})
     named = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(file, str) and file == Path(file).name for file in named):
         raise UserError(f"checkpoint.init_from={name}: {INDEX} must name files beside it")
-    files = sorted(set(named)) or [ONE_FILE]
-    try:
-        folder = Path(name if Path(name).is_dir() else huggingface_hub.snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # of many kinds
-        raise UserError(f"checkpoint.init_from={name} could not be downloaded: {error}") from error
-    if weight_map == {} and not (folder / ONE_FILE).is_file():
-        raise UserError(f"checkpoint.init_from={name} has neither {ONE_FILE} nor {INDEX}: it takes safetensors")
-    by_file = {file: read_header(folder / file) for file in files}
+    by_file = {file: read_header(fetch(name, file)) for file in sorted(set(named)) or [ONE_FILE]}
     found = {key: stored for tensors in by_file.values() for key, stored in tensors.items()}
     for key in sorted(found.keys() | weight_map.keys() if weight_map else ()):
         if key not in by_file.get(weight_map.get(key, ""), {}):

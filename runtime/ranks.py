@@ -144,6 +144,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_launcher() -> None:
+    """Raise UserError where SLURM has started several tasks that do not know of each other."""
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise UserError(
+            f"SLURM_NTASKS={tasks} without RANK: each task would be a run of its own; use integrations/slurm.sh, which "
+            "starts torchrun, or let each task say first\n"
+            "  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS\n"
+            "  export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))\n"
+            '  export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
+            "  export MASTER_PORT=29500"
+        )
+
+
 def tune_process() -> None:
     """What training on a CPU asks of a Linux with glibc. Call it first: threads inherit how they are scheduled."""
     if hasattr(os, "SCHED_BATCH"):

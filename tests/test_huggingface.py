@@ -595,23 +595,36 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda f: first_file(f).write_bytes(first_file(f).read_bytes()[:-1]), "no whole safetensors file"),
-    "longer": (lambda f: first_file(f).write_bytes(first_file(f).read_bytes() + b"x"), "no whole safetensors file"),
+    "truncated": (
+        lambda f: first_file(f).write_bytes(first_file(f).read_bytes()[:-1]),
+        "no safetensors file of weights, or not whole",
+    ),
+    "longer": (
+        lambda f: first_file(f).write_bytes(first_file(f).read_bytes() + b"x"),
+        "no safetensors file of weights, or not whole",
+    ),
     "empty": (lambda f: first_file(f).write_bytes(b""), "do not hold the header"),
     "foreign": (lambda f: first_file(f).write_bytes(b"PK" * 1000), "do not hold the header"),
-    "no JSON": (lambda f: first_file(f).write_bytes((9).to_bytes(8, "little") + b"x" * 99), "no whole safetensors"),
+    "no JSON": (
+        lambda f: first_file(f).write_bytes((9).to_bytes(8, "little") + b"x" * 99),
+        "no safetensors file of weights",
+    ),
     "missing": (lambda f: first_file(f).unlink(), "No such file"),
-    "no weights": (lambda f: [path.unlink() for path in f.glob("model*")], "has neither model.safetensors nor"),
+    "no weights": (lambda f: [path.unlink() for path in f.glob("model*")], "model.safetensors cannot be read"),
     "whole numbers": (lambda f: rewrite(f, lambda h: h[EMBEDDING].update(dtype="I8")), "is I8, which is no weight"),
     "other bytes": (lambda f: rewrite(f, lambda h: h[EMBEDDING].update(dtype="F16")), "has not as many bytes"),
     "another shape": (lambda f: rewrite(f, lambda h: h[EMBEDDING]["shape"].reverse()), "(64, 384) there, (384, 64)"),
-    "no offsets": (lambda f: rewrite(f, lambda h: h[EMBEDDING].pop("data_offsets")), "no whole safetensors file"),
+    "no offsets": (
+        lambda f: rewrite(f, lambda h: h[EMBEDDING].pop("data_offsets")),
+        "no safetensors file of weights, or not whole",
+    ),
     "another name": (lambda f: rewrite(f, lambda h: h.update(x=h.pop(EMBEDDING))), "is in no file, and in"),
     "not in the index": (
         lambda f: edit(f / weights.INDEX, weight_map={k: v for k, v in weight_map(f).items() if k != NORM}),
         f"{NORM} is in model-0000",
     ),
-    "no index": (lambda f: (f / weights.INDEX).write_text("{"), "cannot be read"),
+    "no index": (lambda f: (f / weights.INDEX).write_text("{"), "is no JSON object"),
+    "a list for an index": (lambda f: (f / weights.INDEX).write_text("[]"), "is no JSON object"),
     "files elsewhere": (lambda f: edit(f / weights.INDEX, weight_map={"x": "../x.safetensors"}), "files beside it"),
     "no files": (lambda f: edit(f / weights.INDEX, weight_map=["x"]), "files beside it"),
     "lists of files": (lambda f: edit(f / weights.INDEX, weight_map={"x": ["y"]}), "files beside it"),
@@ -652,4 +665,4 @@ def test_positions_that_transformers_once_wrote_are_passed_over(exported, tmp_pa
 def test_every_rank_hears_of_a_broken_file_and_nothing_is_written(runs, copy):
     FILES["truncated"][0](copy)
     told = runs.refused(4, checkpoint__init_from=str(copy), train__micro_batch_size=2)
-    assert "no whole safetensors file" in told
+    assert "no safetensors file of weights, or not whole" in told

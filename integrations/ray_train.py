@@ -1,0 +1,90 @@
+"""The same training under Ray Train: Ray starts the workers and their process group, train.train() does the rest.
+
+    python -m integrations.ray_train --num-workers=4 [CONFIG.toml] [--section.key=value ...]
+
+From this project's folder; all other arguments are train.py's. It has been run on CPUs only; GPUs are used where there
+are any.
+
+What Ray does: it finds the machines, starts a worker for each rank, starts all of them again when one dies, up to
+`--max-failures` times, and keeps every line of metrics.jsonl in its own results, in `<run.dir>-ray` beside the run
+directory. What train() does as ever: it goes on from the newest checkpoint in the run directory, with the rows that
+come next, whether Ray has started the workers again or you have. On several machines the run directory must be shared.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+import configs
+from runtime import ranks
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+def set_up() -> None:
+    """In each process that Ray starts."""
+    sys.path.insert(0, ROOT)  # the project is no package: this is where its modules are
+    # without Ray's dashboard, which it asks once a second, it warns once a second
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
+
+
+def worker(given: dict[str, Any]) -> str | None:
+    """On each worker, in a thread; returns what the user got wrong, which Ray would try again if it was raised."""
+    os.chdir(given["folder"])  # paths are meant from where the command was given
+    import train
+
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, ranks.cores() // context.get_local_world_size()))
+    try:
+        config = configs.load(given["arguments"], context.get_world_size(), context.get_local_world_size())
+        for kind, item in train.train(config, ray.train.torch.get_device()):
+            if kind == "line":
+                ray.train.report(item)
+    except ranks.UserError as error:  # on all workers alike
+        return str(error)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Others are train.py's.", allow_abbrev=False
+    )
+    parser.add_argument("--num-workers", type=int, default=4, help="ranks: one a GPU, or processes on a CPU")
+    parser.add_argument("--max-failures", type=int, default=1, help="how often workers are started again")
+    own, arguments = parser.parse_known_args()
+    if own.num_workers < 1:
+        parser.error(f"--num-workers={own.num_workers} is below 1")
+    try:
+        run_dir = Path(configs.load(arguments, own.num_workers).run.dir).absolute()
+    except ranks.UserError as error:  # before anything is started
+        sys.exit(f"error: {error}")
+    # without a cluster, on this machine, ranks share the cores as under torchrun, and Ray's controller takes one
+    cores = None if "RAY_ADDRESS" in os.environ else max(ranks.cores(), own.num_workers + 1)
+    ray.init(num_cpus=cores, runtime_env={"worker_process_setup_hook": set_up})
+    on_gpu = torch.cuda.is_available()
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"arguments": arguments, "folder": str(Path.cwd())},
+        scaling_config=ScalingConfig(num_workers=own.num_workers, use_gpu=on_gpu),
+        # train() votes with CPU tensors, also on GPUs
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=ranks.SETUP_TIMEOUT.seconds),
+        run_config=RunConfig(
+            f"{run_dir.name}-ray", str(run_dir.parent), failure_config=FailureConfig(max_failures=own.max_failures)
+        ),
+    )
+    result = trainer.fit()
+    if result.return_value is not None:
+        sys.exit(f"error: {result.return_value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The same training on the nodes of a SLURM job: torchrun on each, which starts a process for each GPU.
+#
+#   sbatch integrations/slurm.sh configs/llama3_8b.toml --run.dir=/shared/runs/8b
+#
+# Submit it from the repository, after `make train` has set up .venv there; both must lie on a file system that all nodes
+# share, and so must the run directory. Arguments are those of train.py. Ten minutes before the time limit all ranks save
+# and stop, and the job is queued again: it goes on where it stopped. After the failure of a node SLURM does that itself.
+
+#SBATCH --job-name=llama
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+export PATH="$PWD/.venv/bin:$PATH"
+# The first node, where all meet. A name that the other nodes know: 127.0.1.1 in its own /etc/hosts does no harm here
+FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export FIRST_NODE
+export OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+# Without it, ranks that torchrun has restarted look for peers that are gone (pytorch#135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Where a node has several networks, or calls itself 127.0.1.1:
+# export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
+
+# The exit status of a process; a signal that is trapped ends `wait` early
+finish() {
+    while kill -0 "$1" 2> /dev/null; do wait "$1"; done
+    wait "$1"
+}
+
+# On each node. torchrun would die of the signal: its processes are told instead, and each of them stops all
+# shellcheck disable=SC2329 # srun's bash calls it
+on_node() {
+    local is_host=$((SLURM_NODEID == 0))
+    torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=2 \
+        --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$FIRST_NODE:29500" \
+        --rdzv_conf="is_host=$is_host" --local_addr="$SLURMD_NODENAME" train.py "$@" &
+    local torchrun=$!
+    trap 'pkill -USR1 -P "$torchrun"' USR1
+    finish "$torchrun"
+}
+
+# srun passes USR1 on to every node
+stopped=no
+trap 'stopped=yes; kill -USR1 "$srun"' USR1
+srun --kill-on-bad-exit=1 bash -c "$(declare -f finish on_node); on_node \"\$@\"" on_node "$@" &
+srun=$!
+finish "$srun"
+status=$?
+if [[ $stopped == yes && $status == 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,489 @@
+"""What integrations/ and docs/ promise, with the real libraries: `make test-integrations`."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from corpus.tokenizer import without_rules
+from generate import load_run
+from model import Llama, ModelConfig
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+SEQ_LEN, STEPS = 32, 24
+ARGUMENTS = ["config.toml", "--data.dataset=documents.jsonl"]
+CONFIG = f"""
+[model]
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+[data]
+tokenizer_vocab_size = 320
+seq_len = {SEQ_LEN}
+val_fraction = 0
+[optim]
+lr = 1e-2
+warmup_steps = 2
+eps = 1e-4
+[train]
+steps = {STEPS}
+global_batch_size = 8
+micro_batch_size = 2
+"""
+
+
+def environment(folder: Path, own: dict[str, str]) -> dict[str, str]:
+    """Without a network, and with a cache of its own."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"} | own
+
+
+def run_process(folder: Path, *words: object, status: int = 0, **own: str) -> subprocess.CompletedProcess:
+    """In a folder, to its end; its output is shown where it ends otherwise than with `status`."""
+    command, everything = list(map(str, words)), environment(folder, own)
+    done = subprocess.run(command, cwd=folder, env=everything, capture_output=True, text=True, timeout=500)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@contextlib.contextmanager
+def start(folder: Path, *words: object, **own: str) -> Iterator[subprocess.Popen]:
+    """In a folder, with its output in the file `output` there; killed at the end if it is still there."""
+    with (folder / "output").open("w") as file:
+        command, everything = list(map(str, words)), environment(folder, own)
+        process = subprocess.Popen(command, cwd=folder, env=everything, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def output(folder: Path) -> str:
+    """Of what was started there last."""
+    return (folder / "output").read_text(errors="replace")
+
+
+def torchrun(ranks: int) -> list[object]:
+    return [Path(sys.executable).parent / "torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lm-evaluation-harness
+
+
+def rolling_windows(tokens: list[int], bos: int, length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Inputs and the targets at their end: BOS first, then windows of `length` inputs, the last one moved back."""
+    text = [bos, *tokens]
+    for start in range(0, len(tokens), length):
+        end = min(start + length, len(tokens))
+        first = max(0, end - length) if start else 0
+        yield text[first:end], tokens[start:end]
+
+
+def own_loglikelihood(run_dir: Path, text: str) -> float:
+    """The sum over a document's tokens, BOS as prefix and without EOS, by our own model."""
+    model, tokenizer, special = load_run(run_dir, CPU)
+    tokens, total = without_rules(tokenizer, special).encode(text, add_special_tokens=False).ids, 0.0
+    for inputs, targets in rolling_windows(tokens, special.bos, model.config.max_position_embeddings):
+        with torch.no_grad():
+            logs = model(torch.tensor([inputs]))[0].double().log_softmax(-1)[-len(targets) :]
+        total += logs.gather(1, torch.tensor(targets)[:, None]).sum().item()
+    return total
+
+
+def test_lm_eval_gives_each_document_the_likelihood_that_our_own_model_gives_it(corpus, tmp_path):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    shutil.copy(corpus, tmp_path / "corpus.jsonl")
+    train = [sys.executable, ROOT / "train.py", "config.toml", "--data.dataset=corpus.jsonl", "--run.dir=run"]
+    run_process(tmp_path, *train)
+    run_process(tmp_path, sys.executable, ROOT / "export.py", "run", "out", "--dtype=float32")
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:24]]
+    texts += ["x" * n for n in (1, SEQ_LEN, SEQ_LEN + 1, 3 * SEQ_LEN - 1)] + ["é 漢字 <|end_of_text|> \t"]
+    texts = [text for text in texts if text.strip()]  # lm_eval has no likelihood of nothing
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    task = ["--tasks", "documents", "--include_path", ROOT / "integrations" / "lm_eval", "--batch_size", "4"]
+    task += ["--device", "cpu", "--log_samples", "--output_path", "results"]
+    model = ["--model", "hf", "--model_args", "pretrained=out,dtype=float32"]
+    done = run_process(tmp_path, Path(sys.executable).parent / "lm_eval", *model, *task)
+    assert "bits_per_byte" in done.stdout
+    (samples,) = (tmp_path / "results").rglob("samples_documents_*.jsonl")
+    found = {sample["doc"]["text"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
+    assert found.keys() == set(texts)
+    for text, sample in found.items():
+        assert float(sample["filtered_resps"][0]) == pytest.approx(own_loglikelihood(tmp_path / "run", text), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ray Train and SLURM: four ranks, which torchrun starts for comparison
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Whole lines, also while they are being written, without what depends on the machine."""
+    lines = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1] if (run_dir / "metrics.jsonl").exists() else []
+    return [{key: json.loads(line)[key] for key in ("step", "loss", "grad_norm", "lr", "tokens")} for line in lines]
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.returncode
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def lab(corpus, tmp_path_factory) -> Path:
+    """A folder with a configuration, and the run that torchrun has made of it."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "config.toml").write_text(f"{CONFIG}\n[checkpoint]\nevery = 4\n[parallel]\ntp = 2\n")
+    shutil.copy(corpus, folder / "documents.jsonl")
+    run_process(folder, *torchrun(4), ROOT / "train.py", *ARGUMENTS, "--run.dir=torchrun")
+    return folder
+
+
+def assert_same_run(run_dir: Path, lab: Path) -> None:
+    """To 1e-5; the same bits were seen. Each step is there once."""
+    ours, theirs = metrics(run_dir), metrics(lab / "torchrun")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for line, reference in zip(ours, theirs, strict=True):
+        assert line == {key: pytest.approx(value, rel=1e-5) for key, value in reference.items()}
+
+
+# Ray
+
+
+@pytest.fixture
+def ray_environment() -> Iterator[dict[str, str]]:
+    """Ray's own files in a short path, as its sockets ask for, and time for slow machines to start."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield {
+            "PYTHONPATH": str(ROOT),
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "300",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # and so often a line is taken
+        }
+
+
+def ray_command(*arguments: object) -> list[object]:
+    return [sys.executable, "-m", "integrations.ray_train", *ARGUMENTS, *arguments]
+
+
+def test_ray_train_computes_what_torchrun_does_although_a_worker_is_killed_and_the_job_interrupted(
+    lab, ray_environment
+):
+    """With tp 2 x dp 2. Ray starts dead workers again, and the same command a job; both go on from the checkpoint."""
+    with start(lab, *ray_command("--run.dir=ray"), **ray_environment) as process:
+        wait_until(lambda: len(metrics(lab / "ray")) >= 6, process)
+        workers = re.findall(r"pid=(\d+)\) world_rank=", output(lab))
+        assert len(workers) == 4
+        os.kill(int(workers[2]), signal.SIGKILL)
+        wait_until(lambda: "resumed from ray/checkpoints/step_0000000" in output(lab), process)
+        wait_until(lambda: len(metrics(lab / "ray")) >= 14, process)
+        process.send_signal(signal.SIGINT)
+        process.wait(300)
+    assert len(re.findall(r"world_rank=0", output(lab))) == 2, "they were started again"
+    assert len(metrics(lab / "ray")) < STEPS
+    again = run_process(lab, *ray_command("--run.dir=ray"), **ray_environment)
+    assert "resumed from ray/checkpoints/step_000000" in again.stdout + again.stderr
+    assert_same_run(lab / "ray", lab)
+    assert metrics(lab / "ray") == metrics(lab / "torchrun"), "bit for bit, as on one machine"
+
+
+def test_what_a_user_got_wrong_is_said_once_under_ray_and_not_tried_again(lab, ray_environment):
+    wrong = run_process(lab, *ray_command("--train.stepz=3"), status=1, **ray_environment)
+    assert wrong.stderr == "error: train.stepz: there is no such key: did you mean train.steps?\n"
+    assert wrong.stdout == ""
+    done = run_process(lab, *ray_command("--data.text_column=body", "--run.dir=wrong"), status=1, **ray_environment)
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "data.text_column='body'" in message or "data.text_column=body" in message
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("world_rank=0") == 1
+    assert not (lab / "wrong").exists()
+
+
+# SLURM: `srun` and `scontrol` are played, the nodes are network namespaces
+
+SRUN = """#!{python}
+import os, signal, subprocess, sys, time
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+enter = 'mount --bind "$HOSTS" /etc/hosts && hostname "$SLURMD_NODENAME" && exec "$@"'
+tasks = []
+for node, space in enumerate(os.environ["SPACES"].split()):
+    own = {{"SLURM_NODEID": str(node), "SLURM_PROCID": str(node), "SLURMD_NODENAME": f"node{{node}}"}}
+    own["HF_HOME"] = f"{{os.environ['CACHE']}}{{node}}"
+    words = ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "sh", "-c", enter, "sh", *command]
+    tasks.append(subprocess.Popen(words, env=os.environ | own))
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+while None in (found := [task.poll() for task in tasks]):
+    if any(found):  # --kill-on-bad-exit
+        for space in os.environ["SPACES"].split():
+            for pid in subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.05)
+sys.exit(any(found))
+"""
+SCONTROL = """#!/bin/sh
+case "$1" in show) printf 'node0\\nnode1\\n' ;; requeue) echo "$2" >> "$REQUEUED" ;; esac
+"""
+
+
+@pytest.fixture(scope="module")
+def spaces(tmp_path_factory) -> Iterator[list[str]]:
+    """Two network namespaces with a wire between them."""
+    names = [f"llama{os.getpid()}{letter}" for letter in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add {names[0]} type veth peer name {names[1]}"]
+    for number, name in enumerate(names, 1):
+        commands += [f"ip link set {name} netns {name}", f"ip -n {name} addr add 10.231.7.{number}/24 dev {name}"]
+        commands += [f"ip -n {name} link set {name} up", f"ip -n {name} link set lo up"]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            assert done.returncode == 0, (
+                f"two nodes need network namespaces, which are not permitted here: {done.stderr}"
+            )
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.fixture
+def job(lab, spaces, tmp_path) -> tuple[list[object], dict[str, str]]:
+    """The command and the environment of a SLURM job on two nodes with two ranks each."""
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.231.7.1 node0\n10.231.7.2 node1\n")
+    own = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SPACES": " ".join(spaces),
+        "HOSTS": str(tmp_path / "hosts"),
+        "CACHE": str(tmp_path / "cache"),
+        "REQUEUED": str(tmp_path / "requeued"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    words = ["bash", ROOT / "integrations" / "slurm.sh", lab / "config.toml", f"--data.dataset={lab}/documents.jsonl"]
+    return words, own
+
+
+def test_two_nodes_of_a_slurm_job_compute_what_one_does_although_one_is_killed(lab, job, spaces):
+    """The job fails with the node. SLURM queues it again, and it goes on."""
+    (words, own), run_dir = job, lab / "node-killed"
+    with start(lab, *words, f"--run.dir={run_dir}", **own) as process:
+        wait_until(lambda: len(metrics(run_dir)) >= 6, process)
+        for pid in subprocess.run(["ip", "netns", "pids", spaces[1]], capture_output=True, text=True).stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        assert process.wait(300) != 0
+    assert len(metrics(run_dir)) < STEPS
+    done = run_process(lab, *words, f"--run.dir={run_dir}", **own)
+    assert f"resumed from {run_dir}/checkpoints" in done.stdout
+    assert_same_run(run_dir, lab)
+    assert not Path(own["REQUEUED"]).exists()
+
+
+def test_before_its_time_limit_a_slurm_job_saves_and_is_queued_again(lab, job):
+    (words, own), run_dir = job, lab / "requeued"
+    with start(lab, *words, f"--run.dir={run_dir}", "--checkpoint.every=0", **own) as process:
+        wait_until(lambda: len(metrics(run_dir)) >= 6, process)
+        process.send_signal(signal.SIGUSR1)  # --signal=B:USR1@600
+        assert process.wait(300) == 0, output(lab)
+    stopped = len(metrics(run_dir))
+    assert f"stopped at step {stopped}" in output(lab)
+    assert 6 <= stopped < STEPS
+    assert Path(own["REQUEUED"]).read_text() == "7\n"
+    run_process(lab, *words, f"--run.dir={run_dir}", "--checkpoint.every=0", **own)
+    assert_same_run(run_dir, lab)
+    assert Path(own["REQUEUED"]).read_text() == "7\n", "no second time"
+
+
+def test_the_script_for_slurm_passes_shellcheck():
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, ROOT / "integrations" / "slurm.sh"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused_with_what_helps(lab, job, tmp_path):
+    """And what the message says helps: four tasks that say it make one run."""
+    tasks = job[1] | {"SLURM_NTASKS": "4", "SLURM_NNODES": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *ARGUMENTS, "--run.dir=tasks"]
+    refused = run_process(lab, *command, status=2, **tasks)
+    first, *lines = refused.stderr.splitlines()
+    assert first.startswith("error: SLURM_NTASKS=4 without RANK: each task would be a run of its own")
+    assert not (lab / "tasks").exists()
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    with socket.socket() as found:
+        found.bind(("", 0))
+        port = found.getsockname()[1]
+    script = "\n".join(lines).replace("29500", str(port)) + '\nexec "$@"'
+    words = ["bash", "-c", script, "bash", *command]
+    own = [environment(lab, tasks | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(4)]
+    processes = [subprocess.Popen(words, cwd=lab, env=each) for each in own]
+    assert [process.wait(300) for process in processes] == [0] * 4
+    assert_same_run(lab / "tasks", lab)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lightning, against train.py under torchrun
+
+GRAD_CLIP = 1.7
+# eps as in test_mesh.py. A step has three micro-steps on two data-parallel ranks.
+LIGHTNING_CONFIG = f"""
+[model]
+vocab_size = 384
+hidden_size = 32
+intermediate_size = 64
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+[data]
+tokenizer_vocab_size = 320
+seq_len = 32
+val_fraction = 0
+[optim]
+lr = 1e-2
+warmup_steps = 2
+eps = 1e-4
+grad_clip = {GRAD_CLIP}
+[train]
+steps = 10
+global_batch_size = 12
+micro_batch_size = 2
+[parallel]
+tp = 2
+"""
+LIGHTNING = pytest.mark.parametrize("module", ["integrations.lightning_fabric", "integrations.lightning_trainer"])
+
+
+@pytest.fixture(scope="module")
+def lightning_lab(corpus, tmp_path_factory) -> Path:
+    """A folder with a configuration, and the run that train.py has made of it under torchrun."""
+    folder = tmp_path_factory.mktemp("lightning")
+    (folder / "config.toml").write_text(LIGHTNING_CONFIG)
+    shutil.copy(corpus, folder / "documents.jsonl")
+    run_process(folder, *torchrun(4), ROOT / "train.py", *ARGUMENTS, "--run.dir=torchrun")
+    return folder
+
+
+def under_lightning(folder: Path, ranks: int, *words: object, status: int = 0) -> subprocess.CompletedProcess:
+    return run_process(
+        folder, *torchrun(ranks), *words[:-1], *ARGUMENTS, words[-1], status=status, PYTHONPATH=str(ROOT)
+    )
+
+
+def steps_of(module: str, output: str, run_dir: Path) -> list[dict[str, float]]:
+    """Fabric's lines on standard output, or what the Trainer's logger wrote."""
+    if module.endswith("fabric"):
+        return [json.loads(line) for line in output.splitlines()]
+    with (run_dir / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        lines = [{name: float(value) for name, value in line.items()} for line in csv.DictReader(file)]
+    return [line | {"step": line["step"] + 1} for line in lines]  # Lightning counts from 0
+
+
+@LIGHTNING
+def test_lightning_computes_what_torchrun_does_and_warns_of_nothing(lightning_lab, module):
+    reference = [json.loads(line) for line in (lightning_lab / "torchrun" / "metrics.jsonl").read_text().splitlines()]
+    clipped = [line["grad_norm"] > GRAD_CLIP for line in reference]
+    assert any(clipped)
+    assert not all(clipped)
+    done = under_lightning(lightning_lab, 4, "-m", module, f"--run.dir={module}")
+    steps = steps_of(module, done.stdout, lightning_lab / module)
+    assert [line["step"] for line in steps] == [line["step"] for line in reference]
+    for line, expected in zip(steps, reference, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-5), f"{name} of step {expected['step']}"
+    assert "warn" not in done.stderr.lower()
+    assert "deprecated" not in done.stderr
+
+
+# Runs a module with NaN in all that `to_empty` allocates. Writes which tensors are nothing but NaN after it, and which
+# hold any NaN when the first batch comes.
+POISONED = """
+import json, math, os, runpy, sys
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from model import Llama
+
+def write(stage, model, test):
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    locals = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    names = [name for name, tensor in locals.items() if test(tensor.isnan())]
+    Path(f"{sys.argv[0]}-{stage}-{os.environ['RANK']}").write_text(json.dumps(names))
+
+def poisoned_to_empty(module, **options):
+    to_empty(module, **options)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        torch.nn.init.constant_(tensor.to_local() if isinstance(tensor, DTensor) else tensor, math.nan)
+    write("allocated", module, torch.all)
+    return module
+
+def first_forward(model, *batch):
+    Llama.forward = forward
+    write("started", model, torch.any)
+    return forward(model, *batch)
+
+to_empty, torch.nn.Module.to_empty = torch.nn.Module.to_empty, poisoned_to_empty
+forward, Llama.forward = Llama.forward, first_forward
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
+"""
+
+
+@LIGHTNING
+def test_under_lightning_nothing_stays_as_to_empty_left_it(lightning_lab, module):
+    (lightning_lab / "poisoned.py").write_text(POISONED)
+    under_lightning(lightning_lab, 2, "poisoned.py", module, "--train.steps=2")
+    with torch.device("meta"):
+        model = Llama(ModelConfig(vocab_size=384, hidden_size=32, num_hidden_layers=2, max_position_embeddings=32))
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    assert "rope" in names
+    for rank in (0, 1):
+        allocated, started = (
+            json.loads((lightning_lab / f"{module}-{stage}-{rank}").read_text()) for stage in ("allocated", "started")
+        )
+        assert allocated == names
+        assert started == []
+
+
+@LIGHTNING
+def test_what_a_user_got_wrong_ends_lightning_with_one_message(lightning_lab, module):
+    for argument, message in (
+        ("--parallel.tp=3", "parallel.tp=3"),
+        ("--data.dataset=none.jsonl", "data.dataset='none.jsonl'"),
+        ("--checkpoint.init_from=.", "config.json cannot be read"),
+    ):
+        words = [sys.executable, "-m", module, *ARGUMENTS, "--parallel.tp=1", "--run.dir=refused", argument]
+        done = run_process(lightning_lab, *words, status=2, PYTHONPATH=str(ROOT))
+        assert done.stderr.count("error:") == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (lightning_lab / "refused").exists()
