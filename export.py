@@ -18,11 +18,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from corpus.config import DataConfig
 from corpus.tokenizer import SpecialTokens, own_tokenizer, special_tokens
 from huggingface.config import config_json
 from huggingface.weights import write_shards
-from model import Llama, ModelConfig
+from model import Llama
 from runtime.ranks import UserError
 from runtime.rundir import read_run
 from runtime.storage import Reader, write_atomically
@@ -54,11 +53,10 @@ def tokenizer_files(tokenizer: Tokenizer, special: SpecialTokens, max_length: in
 
 def export(run_dir: Path, out: Path | None, step: int | None, dtype: str, max_shard_gib: float) -> Path:
     """Returns the folder, which is complete or absent. Raises UserError."""
-    checkpoint, tables = read_run(run_dir, step)
+    checkpoint, model, data = read_run(run_dir, step)
     out = out or run_dir / "huggingface" / checkpoint.name
     if out.exists():
         raise UserError(f"{out} exists: name another folder, or remove it")
-    model, data = ModelConfig(**tables["model"]), DataConfig(**tables["data"])
     if model.hidden_size % model.num_attention_heads:
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_attention_heads="

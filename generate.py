@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from corpus.config import DataConfig
 from corpus.tokenizer import SpecialTokens, own_tokenizer, special_tokens, without_rules
-from model import Llama, ModelConfig
+from model import Llama
 from runtime.ranks import UserError
 from runtime.rundir import read_run
 from runtime.storage import load_weights
@@ -21,14 +20,14 @@ from runtime.storage import load_weights
 
 def load_run(run_dir: Path, device: torch.device) -> tuple[Llama, Tokenizer, SpecialTokens]:
     """The newest checkpoint of a run with its tokenizer. Raises UserError where there is none."""
-    checkpoint, tables = read_run(run_dir)
+    checkpoint, config, data = read_run(run_dir)
     tokenizer = own_tokenizer(run_dir)
     with torch.device("meta"):
-        model = Llama(ModelConfig(**tables["model"]))
+        model = Llama(config)
     model.to_empty(device=device)
     model.init_weights(seed=0)  # for the buffers, which checkpoints do not hold
     load_weights(checkpoint, model)
-    special = special_tokens(tokenizer, DataConfig(**tables["data"]))
+    special = special_tokens(tokenizer, data)
     return model, tokenizer, special
 
 

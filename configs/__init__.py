@@ -8,6 +8,7 @@ line, and checks everything at once, before any process group, download or model
 then the rules that tie values together.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -251,7 +252,7 @@ def comes_with_a_model(name: str) -> bool:
 def upon_a_model(values: dict[str, Any], line: dict[str, Any], path: Path, errors: list[str]) -> dict[str, Any]:
     """The file's values, upon what the model of `checkpoint.init_from` says of itself; adds contradictions to `errors`.
 
-    When a run goes on, its own config.toml says what the model did, which may be gone by now.
+    When a run goes on, its checkpoint says what the model did, which may be gone by now.
     """
     name = str((values | line)["checkpoint.init_from"])
     own = recorded(Path(run_dir(values | line, path)))
@@ -273,13 +274,11 @@ def upon_a_model(values: dict[str, Any], line: dict[str, Any], path: Path, error
 
 def recorded(folder: Path) -> dict[str, Any]:
     """The model and the tokenizer of a run that goes on and came from elsewhere; {} if there is none."""
-    try:
-        tables = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-        found = {f"{section}.{key}": value for section, keys in tables.items() for key, value in keys.items()}
-    except (OSError, ValueError, AttributeError):  # damaged, as rundir will say
-        found = {}
-    goes_on = found.get("checkpoint.init_from") and checkpoint.complete_checkpoints(folder)
-    return {name: value for name, value in found.items() if goes_on and comes_with_a_model(name)}
+    for path in reversed(checkpoint.complete_checkpoints(folder)):
+        with contextlib.suppress(ranks.UserError):  # it is damaged
+            state = checkpoint.read_state(path)
+            return {k: v for k, v in state["identity"].items() if state.get("init_from") and comes_with_a_model(k)}
+    return {}
 
 
 def load(arguments: list[str], world: int | None = None, local_world: int | None = None) -> Config:

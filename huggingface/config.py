@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from model import ModelConfig
 from runtime.ranks import UserError
@@ -43,7 +43,9 @@ def read_json(name: str, file: str, optional: bool = False) -> dict[str, Any]:
     try:
         return dict(json.loads(fetch(name, file).read_text(encoding="utf-8")).items())
     except UserError as error:
-        if optional and isinstance(error.__cause__, FileNotFoundError | EntryNotFoundError):
+        cause = error.__cause__
+        unknown = isinstance(cause, LocalEntryNotFoundError) and not huggingface_hub.constants.HF_HUB_OFFLINE
+        if optional and isinstance(cause, FileNotFoundError | EntryNotFoundError) and not unknown:  # by a bad network
             return {}
         raise
     except (ValueError, AttributeError) as error:
@@ -89,7 +91,7 @@ def tokenizer_keys(name: str) -> dict[str, Any]:
     """The keys of [data] that make its tokenizer ours: its file, and which tokens begin and end a document."""
     raw = read_json(name, "tokenizer_config.json", optional=True)
     tokens = {key: raw.get(key) for key in ("bos_token", "eos_token")}
-    named = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()}
+    named = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
     tokenizer = tokenizer_names(name)[not Path(name).is_dir()]
     return {"tokenizer": tokenizer, **{key: token for key, token in named.items() if token}}
 

@@ -4,6 +4,7 @@ The format is read and written here, as it is that small, and torch's own reader
 On the way in a file is mapped into memory: `place` takes a rank's slice, and only its pages are read.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -89,6 +90,15 @@ def find(name: str, config: ModelConfig) -> dict[str, Stored]:
     if lines := misfits({key: stored.shape for key, stored in found.items()}, here):
         raise UserError("\n".join([f"checkpoint.init_from={name} is not this Llama:", *lines]))
     return found
+
+
+def fingerprint(found: dict[str, Stored]) -> str:
+    """Of names, shapes and the small tensors, such as norms: nodes that hold different models hear of it."""
+    digest = hashlib.sha256()
+    for name, stored in sorted(found.items()):
+        content = stored.mapped().view(torch.uint8).numpy().tobytes() if len(stored.shape) == 1 else b""
+        digest.update(f"{name} {stored.dtype} {stored.shape} ".encode() + content)
+    return digest.hexdigest()
 
 
 def load(found: dict[str, Stored], model: nn.Module, place: Callable[[Tensor, Tensor], object]) -> None:

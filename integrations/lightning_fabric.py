@@ -81,7 +81,8 @@ def train(config: configs.Config) -> None:
                     group["lr"] = learning_rate(step, steps, optim) * group.get("lr_ratio", 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                fabric.print(json.dumps({"step": step, "loss": (loss / tokens).item(), "grad_norm": grad_norm.item()}))
+                if fabric.is_global_zero:
+                    print(json.dumps({"step": step, "loss": (loss / tokens).item(), "grad_norm": grad_norm.item()}))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import argparse
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def worker(given: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     torch.set_num_threads(max(1, ranks.cores() // context.get_local_world_size()))
     try:
-        config = configs.load(given["arguments"], context.get_world_size(), context.get_local_world_size())
+        world, local_world = context.get_world_size(), context.get_local_world_size()
+        config = ranks.together(partial(configs.load, given["arguments"], world, local_world))
         for kind, item in train.train(config, ray.train.torch.get_device()):
             if kind == "line":
                 ray.train.report(item)
@@ -68,9 +70,10 @@ def main() -> None:
     except ranks.UserError as error:  # before anything is started
         sys.exit(f"error: {error}")
     # without a cluster, on this machine, ranks share the cores as under torchrun, and Ray's controller takes one
-    cores = None if "RAY_ADDRESS" in os.environ else max(ranks.cores(), own.num_workers + 1)
-    ray.init(num_cpus=cores, runtime_env={"worker_process_setup_hook": set_up})
-    on_gpu = torch.cuda.is_available()
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    cores = max(ranks.cores(), own.num_workers + 1) if address == "local" else None
+    ray.init(address, num_cpus=cores, runtime_env={"worker_process_setup_hook": set_up})
+    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
         worker,
         train_loop_config={"arguments": arguments, "folder": str(Path.cwd())},

@@ -335,13 +335,13 @@ def end_process(error: UserError | PeerFailed) -> NoReturn:
     """End with status 2 and one message for a person. Every rank comes here, and rank 0 speaks.
 
     The others keep silent and wait to be ended: torchrun ends everybody as soon as one process exits, and the message
-    would be lost. If nobody ended them, the error is this node's alone. Where a peer met a bug, that one shows it.
+    would be lost. If nobody ended them, the error is this node's alone, or this rank's: its first rank speaks first.
+    Where a peer met a bug, that one shows it.
     """
     is_main, failed = int(os.environ.get("RANK", 0)) == 0, isinstance(error, PeerFailed)
     if failed or not is_main:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(PEER_PATIENCE_SECONDS)
-    if is_main or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        time.sleep(PEER_PATIENCE_SECONDS + (0 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else ROLL_CALL_SECONDS))
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(2)

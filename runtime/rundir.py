@@ -65,6 +65,8 @@ class RunDirectory:
             if self.resume_from is None and (init_from := self.config.checkpoint.init_from):
                 with ranks.patience():  # it may come from the Hub
                     self.pretrained = ranks.on_each_node(partial(weights.find, init_from, self.config.model))
+                fingerprint = ranks.together(partial(weights.fingerprint, self.pretrained))
+                ranks.same_everywhere(f"checkpoint.init_from={init_from}", fingerprint, "copy it from one")
         except BaseException:
             self.__exit__()
             raise
@@ -78,7 +80,7 @@ class RunDirectory:
     @property
     def own_tokenizer(self) -> Path | None:
         """The tokenizer.json of a run that goes on from a checkpoint of its own, if none is named beside that."""
-        unnamed = ["train", *tokenizer_names(self.config.checkpoint.init_from)]
+        unnamed = ["train", *tokenizer_names(self.state.get("init_from", ""))]
         own = self.is_own(self.resume_from) and self.config.data.tokenizer in unnamed
         return self.path / "tokenizer.json" if own else None
 
@@ -182,6 +184,7 @@ class RunDirectory:
         steps = self.config.train.steps
         status = "stopped" if stopping else "complete" if step == steps else "saved"
         total = {"total_steps": steps, "status": f"{status} at step {step}"}
+        total["init_from"] = self.state.get("init_from", self.config.checkpoint.init_from)
         return self.state | total | {"identity": self.identity, "at_default": at_default} | values
 
     def say_how_it_ended(self, step: int, stopping: bool, failure: UserError | None) -> None:
@@ -374,8 +377,8 @@ def refuse_another_run(path: Path | None, state: dict[str, Any], current: dict[s
         raise UserError("\n".join([f"{path} is of another run:", *lines, "use another --run.dir, or the same values"]))
 
 
-def read_run(run_dir: Path, step: int | None = None) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The checkpoint of that step, or the newest, and what config.toml holds. Raises UserError if one is damaged."""
+def read_run(run_dir: Path, step: int | None = None) -> tuple[Path, configs.ModelConfig, configs.DataConfig]:
+    """The checkpoint of that step, or the newest, and what it is of. Raises UserError if one file is damaged."""
     complete = checkpoint.complete_checkpoints(run_dir)
     if not complete:
         raise UserError(f"{run_dir} holds no complete checkpoint: name a run directory, such as runs/quickstart")
@@ -386,9 +389,12 @@ def read_run(run_dir: Path, step: int | None = None) -> tuple[Path, dict[str, di
     if damage := checkpoint.damage(path):
         raise UserError("\n".join(damage))
     tables = recorded_config(run_dir)
-    if not tables:
-        raise UserError(f"{run_dir}/config.toml is missing, which says what the model is: give it back")
-    return path, tables
+    try:
+        return path, configs.ModelConfig(**tables["model"]), configs.DataConfig(**tables["data"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{run_dir}/config.toml is missing, or of other code ({error}): use that, or mend it"
+        ) from error
 
 
 def recorded_config(run_dir: Path) -> dict[str, dict[str, Any]]:

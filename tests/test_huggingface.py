@@ -355,7 +355,7 @@ def foreign(tmp_path_factory) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="100KB")
     tokenizer = byte_tokenizer("<start>", "<stop>", "<s>")
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokens = {"bos_token": {"content": "<start>", "lstrip": False}, "eos_token": "<stop>"}
+    tokens = {"bos_token": {"content": "<start>", "lstrip": False}, "eos_token": "<stop>", "pad_token": {}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     return folder
 
@@ -424,13 +424,17 @@ def test_a_run_goes_on_when_the_model_that_it_came_from_is_gone(runs, exported, 
     keys = {"checkpoint__init_from": str(model), "run__dir": str(tmp_path / "run"), "model__rope_theta": 7000.0}
     runs(**keys)
     shutil.rmtree(model)
+    (tmp_path / "run" / "config.toml").unlink()  # what is needed stands in the checkpoint
+    runs(**keys, train__steps=2)
+    keys["checkpoint__init_from"] = str(tmp_path / "moved")
     run_dir, _ = runs(**keys, train__steps=3)
     lines = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3]
     recorded = configs.recorded(run_dir)
     assert recorded["model.rope_theta"] == 7000.0, "the command line's"
     assert "checkpoint.init_from" not in read_state(run_dir / "checkpoints/step_00000003")["identity"]
-    assert f'init_from = "{model}"' in (run_dir / "config.toml").read_text()
+    assert f'init_from = "{tmp_path}/moved"' in (run_dir / "config.toml").read_text()
+    assert read_state(run_dir / "checkpoints/step_00000003")["init_from"] == str(model)
     with pytest.raises(ConfigError, match=r"config.json cannot be read"):
         load(f"--checkpoint.init_from={model}", f"--run.dir={tmp_path}/new")
 
@@ -479,6 +483,32 @@ def test_a_model_that_is_nowhere_gets_one_message(hub, runs):
             ConfigError, match=f"init_from={name}: config.json cannot be read [(].*[)]: it takes a folder"
         ):
             configs.load([f"--checkpoint.init_from={name}"])
+
+
+def test_a_bad_network_is_not_taken_for_a_file_that_is_not_there(monkeypatch):
+    """The tokenizer's configuration may be missing; but then it is known to be."""
+
+    def unreachable(*_: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no answer")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read [(]no answer[)]"):
+        pretrained.tokenizer_keys("someone/llama")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert pretrained.tokenizer_keys("someone/llama") == {"tokenizer": "someone/llama"}
+
+
+def test_nodes_that_hold_different_models_hear_of_it(exported, copy):
+    """By name, shape and the small tensors: a model that was trained on has other norms."""
+    config = load(f"--checkpoint.init_from={exported}", "--data.seq_len=32").model
+    ours, theirs = weights.find(str(exported), config), weights.find(str(copy), config)
+    assert weights.fingerprint(ours) == weights.fingerprint(theirs), "the path does not matter"
+    stored = theirs["model.norm.weight"]
+    content = bytearray(stored.path.read_bytes())
+    content[stored.start] ^= 1
+    stored.path.write_bytes(content)
+    assert weights.fingerprint(ours) != weights.fingerprint(theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
