@@ -189,7 +189,15 @@ class MetadataUnpickler(pickle.Unpickler):
         "torch": {"Size", "float32", "bfloat16", "int64"},
         "torch.serialization": {"_get_layout"},
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {*dcp.metadata.__all__, "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.metadata": {
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
         "pathlib": {"PosixPath", "Path"},
         "pathlib._local": {"PosixPath", "Path"},
     }
