@@ -4,8 +4,9 @@
 #   sbatch integrations/slurm.sh configs/llama3_8b.toml --run.dir=/shared/runs/8b
 #
 # Submit it from the repository, after `make train` has set up .venv there; both must lie on a file system that all nodes
-# share, and so must the run directory. Arguments are those of train.py. Ten minutes before the time limit all ranks save
-# and stop, and the job is queued again: it goes on where it stopped. After the failure of a node SLURM does that itself.
+# share, and so must the run directory. Arguments are those of train.py. Ten minutes before the time limit all ranks are
+# to save and stop, and the job is queued again. That is not safe yet, see docs/launchers.md: set checkpoint.every to what
+# you can lose. After the failure of a node SLURM queues the job again itself.
 
 #SBATCH --job-name=llama
 #SBATCH --nodes=2
@@ -19,13 +20,13 @@
 
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 export PATH="$PWD/.venv/bin:$PATH"
-# The first node, where all meet. A name that the other nodes know: 127.0.1.1 in its own /etc/hosts does no harm here
+# The first node, where all meet, by a name that the other nodes know
 FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export FIRST_NODE
 export OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 # Without it, ranks that torchrun has restarted look for peers that are gone (pytorch#135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# Where a node has several networks, or calls itself 127.0.1.1:
+# Where a node has several networks. Where it calls itself 127.0.1.1 the job fails without:
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
 # The exit status of a process; a signal that is trapped ends `wait` early
