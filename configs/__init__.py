@@ -304,7 +304,7 @@ def load(arguments: list[str], world: int | None = None, local_world: int | None
             errors.append(str(error))
     config = Config(**{section: schema(**sections[section]) for section, schema in SECTIONS.items()})
     config.model.max_position_embeddings = config.model.max_position_embeddings or config.data.seq_len
-    config.run.dir = config.run.dir or run_dir({}, path)
+    config.run.dir = run_dir(good, path)
     tp = largest_tp(config, world, local_world) if config.parallel.tp == "auto" else config.parallel.tp
     config.parallel.tp = tp
     broken = [*model_rules(config, good), *data_rules(config), *run_rules(config)]
@@ -399,7 +399,7 @@ def model_rules(config: Config, given: dict[str, Any]) -> Iterator[str]:
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide model.num_attention_heads="
             f"{model.num_attention_heads}: use one of {divisors(model.num_attention_heads)}"
         )
-    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers = pretrained.SCALING
     if (scaling := model.rope_scaling) and not (
         set(scaling) == {"rope_type", *numbers}
         and scaling["rope_type"] == "llama3"

@@ -18,7 +18,7 @@ OTHERS = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
 }
-# What this Llama is beyond that, as config.json says it; and what one need not say that is nothing more
+# What this Llama is beyond that: what config.json says of it, and what it may leave unsaid
 FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 PLAIN: dict[str, Any] = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "quantization_config": None}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from corpus.tokenizer import without_rules
+from corpus.tokenizer import SpecialTokens, without_rules
 from generate import load_run
 from huggingface.config import config_json
 from model import Llama, ModelConfig
@@ -99,9 +100,8 @@ def rolling_windows(tokens: list[int], bos: int, length: int) -> Iterator[tuple[
         yield text[first:end], tokens[start:end]
 
 
-def own_loglikelihood(run_dir: Path, text: str) -> float:
+def own_loglikelihood(model: Llama, tokenizer: Tokenizer, special: SpecialTokens, text: str) -> float:
     """The sum over a document's tokens, BOS as prefix and without EOS, by our own model."""
-    model, tokenizer, special = load_run(run_dir, CPU)
     tokens, total = without_rules(tokenizer, special).encode(text, add_special_tokens=False).ids, 0.0
     for inputs, targets in rolling_windows(tokens, special.bos, model.config.max_position_embeddings):
         with torch.no_grad():
@@ -128,8 +128,9 @@ def test_lm_eval_gives_each_document_the_likelihood_that_our_own_model_gives_it(
     (samples,) = (tmp_path / "results").rglob("samples_documents_*.jsonl")
     found = {sample["doc"]["text"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
     assert found.keys() == set(texts)
+    ours = load_run(tmp_path / "run", CPU)
     for text, sample in found.items():
-        assert float(sample["filtered_resps"][0]) == pytest.approx(own_loglikelihood(tmp_path / "run", text), rel=1e-4)
+        assert float(sample["filtered_resps"][0]) == pytest.approx(own_loglikelihood(*ours, text), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,31 +361,9 @@ def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused_with_what_help
 # Lightning, against train.py under torchrun
 
 GRAD_CLIP = 1.7
-# eps as in test_mesh.py. A step has three micro-steps on two data-parallel ranks.
-LIGHTNING_CONFIG = f"""
-[model]
-vocab_size = 384
-hidden_size = 32
-intermediate_size = 64
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-[data]
-tokenizer_vocab_size = 320
-seq_len = 32
-val_fraction = 0
-[optim]
-lr = 1e-2
-warmup_steps = 2
-eps = 1e-4
-grad_clip = {GRAD_CLIP}
-[train]
-steps = 10
-global_batch_size = 12
-micro_batch_size = 2
-[parallel]
-tp = 2
-"""
+# Beside CONFIG: a step has three micro-steps on two data-parallel ranks
+LIGHTNING_ARGUMENTS = [*ARGUMENTS, "--parallel.tp=2", "--model.vocab_size=384", f"--optim.grad_clip={GRAD_CLIP}"]
+LIGHTNING_ARGUMENTS += ["--train.steps=10", "--train.global_batch_size=12"]
 LIGHTNING = pytest.mark.parametrize("module", ["integrations.lightning_fabric", "integrations.lightning_trainer"])
 
 
@@ -392,15 +371,15 @@ LIGHTNING = pytest.mark.parametrize("module", ["integrations.lightning_fabric", 
 def lightning_lab(corpus, tmp_path_factory) -> Path:
     """A folder with a configuration, and the run that train.py has made of it under torchrun."""
     folder = tmp_path_factory.mktemp("lightning")
-    (folder / "config.toml").write_text(LIGHTNING_CONFIG)
+    (folder / "config.toml").write_text(CONFIG)
     shutil.copy(corpus, folder / "documents.jsonl")
-    run_process(folder, *torchrun(4), ROOT / "train.py", *ARGUMENTS, "--run.dir=torchrun")
+    run_process(folder, *torchrun(4), ROOT / "train.py", *LIGHTNING_ARGUMENTS, "--run.dir=torchrun")
     return folder
 
 
 def under_lightning(folder: Path, ranks: int, *words: object, status: int = 0) -> subprocess.CompletedProcess:
     return run_process(
-        folder, *torchrun(ranks), *words[:-1], *ARGUMENTS, words[-1], status=status, PYTHONPATH=str(ROOT)
+        folder, *torchrun(ranks), *words[:-1], *LIGHTNING_ARGUMENTS, words[-1], status=status, PYTHONPATH=str(ROOT)
     )
 
 
@@ -490,7 +469,7 @@ def test_what_a_user_got_wrong_ends_lightning_with_one_message(lightning_lab, mo
         ("--data.dataset=none.jsonl", "data.dataset='none.jsonl'"),
         ("--checkpoint.init_from=elsewhere", "only train.py starts from other weights"),
     ):
-        words = [sys.executable, "-m", module, *ARGUMENTS, "--parallel.tp=1", "--run.dir=refused", argument]
+        words = [sys.executable, "-m", module, *LIGHTNING_ARGUMENTS, "--parallel.tp=1", "--run.dir=refused", argument]
         done = run_process(lightning_lab, *words, status=2, PYTHONPATH=str(ROOT))
         assert done.stderr.count("error:") == 1
         assert message in done.stderr
