@@ -4,9 +4,8 @@
 #   sbatch integrations/slurm.sh configs/llama3_8b.toml --run.dir=/shared/runs/8b
 #
 # Submit it from the repository, after `make train` has set up .venv there; both must lie on a file system that all nodes
-# share, and so must the run directory. Arguments are those of train.py. Ten minutes before the time limit all ranks are
-# to save and stop, and the job is queued again. That is not safe yet, see docs/launchers.md: set checkpoint.every to what
-# you can lose. After the failure of a node SLURM queues the job again itself.
+# share, and so must the run directory. Arguments are those of train.py. Ten minutes before the time limit all ranks save
+# and stop, and the job is queued again; after the failure of a node SLURM does that itself. See docs/launchers.md.
 
 #SBATCH --job-name=llama
 #SBATCH --nodes=2
@@ -18,6 +17,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
+stopping=no
+trap 'stopping=yes' USR1
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 export PATH="$PWD/.venv/bin:$PATH"
 # The first node, where all meet, by a name that the other nodes know
@@ -29,32 +30,29 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Where a node has several networks. Where it calls itself 127.0.1.1 the job fails without:
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
-# The exit status of a process; a signal that is trapped ends `wait` early
-finish() {
-    while kill -0 "$1" 2> /dev/null; do wait "$1"; done
-    wait "$1"
-}
-
-# On each node. torchrun would die of the signal: its processes are told instead, and each of them stops all
+# On each node. SLURM signals this shell, or all that runs in it too (ProctrackType). So torchrun, which would die of
+# USR1, is started with it blocked, and its children inherit that: the signal waits until train.py looks, once a step.
 # shellcheck disable=SC2329 # srun's bash calls it
 on_node() {
-    local is_host=$((SLURM_NODEID == 0))
-    torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=2 \
+    local hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1}); os.execvp(sys.argv[1], sys.argv[1:])'
+    trap '[[ -z $torchrun ]] || pkill -USR1 -P "$torchrun"' USR1 TERM
+    python -c "$hold" \
+        torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=2 \
         --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$FIRST_NODE:29500" \
-        --rdzv_conf="is_host=$is_host" --local_addr="$SLURMD_NODENAME" train.py "$@" &
-    local torchrun=$!
-    trap 'pkill -USR1 -P "$torchrun"' USR1
-    finish "$torchrun"
+        --rdzv_conf="is_host=$((SLURM_NODEID == 0))" --local_addr="$SLURMD_NODENAME" train.py "$@" &
+    torchrun=$!
+    while kill -0 "$torchrun" 2> /dev/null; do wait "$torchrun"; done # the trap ends a `wait` early
+    wait "$torchrun"
 }
 
-# srun passes USR1 on to every node
-stopped=no
-trap 'stopped=yes; kill -USR1 "$srun"' USR1
-srun --kill-on-bad-exit=1 bash -c "$(declare -f finish on_node); on_node \"\$@\"" on_node "$@" &
+srun --kill-on-bad-exit=1 bash -c "$(declare -f on_node); on_node \"\$@\"" on_node "$@" &
 srun=$!
-finish "$srun"
+# srun passes USR1 on to every node. Again and again: while something starts it may be missed
+while kill -0 "$srun" 2> /dev/null; do
+    [[ $stopping == no ]] || kill -USR1 "$srun"
+    sleep 5
+done
+wait "$srun"
 status=$?
-if [[ $stopped == yes && $status == 0 ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+[[ $stopping == no ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$status"

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -224,111 +223,234 @@ def test_what_a_user_got_wrong_is_said_once_under_ray_and_not_tried_again(lab, r
     assert not (lab / "wrong").exists()
 
 
-# SLURM: `srun` and `scontrol` are played, the nodes are network namespaces
+# SLURM: a cluster of two nodes on this machine, which are network namespaces with names of their own
 
-SRUN = """#!{python}
-import os, signal, subprocess, sys, time
-command = sys.argv[1:]
-while command[0].startswith("--"):
-    command.pop(0)
-enter = 'mount --bind "$HOSTS" /etc/hosts && hostname "$SLURMD_NODENAME" && exec "$@"'
-tasks = []
-for node, space in enumerate(os.environ["SPACES"].split()):
-    own = {{"SLURM_NODEID": str(node), "SLURM_PROCID": str(node), "SLURMD_NODENAME": f"node{{node}}"}}
-    own["HF_HOME"] = f"{{os.environ['CACHE']}}{{node}}"
-    words = ["ip", "netns", "exec", space, "unshare", "--uts", "--mount", "sh", "-c", enter, "sh", *command]
-    tasks.append(subprocess.Popen(words, env=os.environ | own))
-signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
-while None in (found := [task.poll() for task in tasks]):
-    if any(found):  # --kill-on-bad-exit
-        for space in os.environ["SPACES"].split():
-            for pid in subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout.split():
-                try:
-                    os.kill(int(pid), signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-    time.sleep(0.05)
-sys.exit(any(found))
+PROGRAMS = ("ip", "unshare", "hostname", "pkill", "munged", "slurmctld", "slurmd", "sbatch")
+# What is not of interest here is switched off. An unlisted signal (ProctrackType) reaches all processes of a task.
+SLURM_CONF = """
+ClusterName=llama
+SlurmctldHost=node0
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+TaskProlog={folder}/prolog
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+SchedulerParameters=sched_interval=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SlurmdTimeout=600
+ReturnToService=2
+GresTypes=gpu
+NodeName=node[0-1] CPUs=64 Gres=gpu:2
+PartitionName=all Nodes=ALL Default=YES
 """
-SCONTROL = """#!/bin/sh
-case "$1" in show) printf 'node0\\nnode1\\n' ;; requeue) echo "$2" >> "$REQUEUED" ;; esac
-"""
+ON_A_NODE = 'mount --bind "$0/hosts" /etc/hosts && hostname "$1" && shift && exec "$@"'
+
+
+class Slurm:
+    """munged, slurmctld and two slurmd, and their clients on the first node. Each node has a cache of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.spaces = folder, [f"llama{os.getpid()}{letter}" for letter in "ab"]
+        self.servers: list[subprocess.Popen] = []
+        files = {
+            "slurm.conf": SLURM_CONF.format(folder=folder),
+            "gres.conf": f"Name=gpu File={folder}/gpu[0-1]\n",
+            "cgroup.conf": "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n",  # else slurmd looks for a mounted one
+            "hosts": "127.0.0.1 localhost\n10.231.7.1 node0\n10.231.7.2 node1\n",
+            "prolog": f'#!/bin/sh\necho "export HF_HOME={folder}/cache-$SLURMD_NODENAME"\n',
+            "munge.key": os.urandom(32).hex(),
+            **dict.fromkeys(("gpu0", "gpu1"), ""),
+        }
+        for name, text in files.items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o700)
+        for node in (0, 1):
+            (folder / f"spool-node{node}").mkdir()
+
+    def command(self, node: int, *words: object) -> list[str]:
+        enter = ["ip", "netns", "exec", self.spaces[node], "unshare", "--uts", "--mount", "sh", "-c", ON_A_NODE]
+        return [*enter, str(self.folder), f"node{node}", *map(str, words)]
+
+    def environment(self, own: dict[str, str]) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return environment(self.folder, {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path} | own)
+
+    def serve(self, node: int, *words: object) -> None:
+        """In the background; what it says is in the folder."""
+        with (self.folder / f"{words[0]}-{node}.output").open("a") as file:
+            environment, merged = self.environment({}), subprocess.STDOUT
+            self.servers += [subprocess.Popen(self.command(node, *words), env=environment, stdout=file, stderr=merged)]
+
+    def start(self) -> None:
+        first, second = self.spaces
+        commands = [
+            f"ip netns add {first}",
+            f"ip netns add {second}",
+            f"ip link add {first} type veth peer name {second}",
+        ]
+        for number, name in enumerate(self.spaces, 1):
+            commands += [f"ip link set {name} netns {name}", f"ip -n {name} addr add 10.231.7.{number}/24 dev {name}"]
+            commands += [f"ip -n {name} link set {name} up", f"ip -n {name} link set lo up"]
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True)
+            assert done.returncode == 0, f"two nodes need network namespaces, not permitted here: {done.stderr}"
+        files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+        self.serve(0, "munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files)
+        self.serve(0, "slurmctld", "-D")
+        for node in (0, 1):
+            self.serve(node, "slurmd", "-D", "-N", f"node{node}")
+        self.wait_until(lambda: self.ask("sinfo", "--noheader", "--Format=StateCompact,Nodes").split() == ["idle", "2"])
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert time.monotonic() < deadline, [path.read_text()[-3000:] for path in self.folder.glob("*.output")]
+            time.sleep(0.1)
+
+    def run(self, *words: object, **own: str) -> subprocess.CompletedProcess:
+        everything = self.environment(own)
+        return subprocess.run(
+            self.command(0, *words), cwd=ROOT, env=everything, capture_output=True, text=True, timeout=500
+        )
+
+    def ask(self, *words: object) -> str:
+        return self.run(*words).stdout
+
+    def processes(self, node: int) -> dict[int, str]:
+        """The command lines of a node's processes."""
+        found = subprocess.run(["ip", "netns", "pids", self.spaces[node]], capture_output=True, text=True).stdout
+        lines = {}
+        for pid in map(int, found.split()):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                lines[pid] = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+        return lines
+
+    def kill(self, node: int, number: int = signal.SIGKILL, only: str = "") -> None:
+        """The processes of a node whose command line begins with `only`."""
+        for pid, line in self.processes(node).items():
+            with contextlib.suppress(ProcessLookupError):
+                if line.startswith(only):
+                    os.kill(pid, number)
+
+    def stop(self) -> None:
+        for node, name in enumerate(self.spaces):
+            self.kill(node)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+        for server in self.servers:
+            server.wait()
+
+
+class Job:
+    """integrations/slurm.sh in the queue, with two processes on each node."""
+
+    def __init__(self, slurm: Slurm, lab: Path, name: str, *arguments: str):
+        self.slurm, self.run_dir, self.log = slurm, lab / name, lab / f"{name}.out"
+        data = f"--data.dataset={lab}/documents.jsonl"
+        words = ["sbatch", "--parsable", "--gpus-per-node=2", f"--output={self.log}", "integrations/slurm.sh"]
+        done = slurm.run(*words, lab / "config.toml", data, f"--run.dir={self.run_dir}", *arguments)
+        assert done.returncode == 0, done.stderr
+        self.number = done.stdout.strip()
+
+    def shown(self, key: str) -> str:
+        return dict(re.findall(r"(\S+)=(\S*)", self.slurm.ask("scontrol", "show", "job", self.number)))[key]
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def reaches(self, step: int) -> None:
+        self.slurm.wait_until(lambda: len(metrics(self.run_dir)) >= step)
+
+    def starts(self, again: int = 0) -> None:
+        self.slurm.wait_until(lambda: (self.shown("JobState"), self.shown("Restarts")) == ("RUNNING", str(again)))
+
+    def ends(self) -> str:
+        """How, once it is neither running nor to run again."""
+        self.slurm.wait_until(lambda: self.shown("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
+        return self.shown("JobState")
+
+    def signal(self) -> None:
+        """What SLURM does before the time limit: --signal=B:USR1@600."""
+        self.slurm.ask("scancel", "--batch", "--signal=USR1", self.number)
 
 
 @pytest.fixture(scope="module")
-def spaces(tmp_path_factory) -> Iterator[list[str]]:
-    """Two network namespaces with a wire between them."""
-    names = [f"llama{os.getpid()}{letter}" for letter in "ab"]
-    commands = [f"ip netns add {name}" for name in names]
-    commands += [f"ip link add {names[0]} type veth peer name {names[1]}"]
-    for number, name in enumerate(names, 1):
-        commands += [f"ip link set {name} netns {name}", f"ip -n {name} addr add 10.231.7.{number}/24 dev {name}"]
-        commands += [f"ip -n {name} link set {name} up", f"ip -n {name} link set lo up"]
-    try:
-        for command in commands:
-            done = subprocess.run(command.split(), capture_output=True, text=True)
-            assert done.returncode == 0, (
-                f"two nodes need network namespaces, which are not permitted here: {done.stderr}"
-            )
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+def slurm() -> Iterator[Slurm]:
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    assert not missing, (
+        f"no {missing} here: apt-get install slurmctld slurmd slurm-client munge iproute2 procps hostname"
+    )
+    with tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        cluster = Slurm(Path(folder))
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
 
 
-@pytest.fixture
-def job(lab, spaces, tmp_path) -> tuple[list[object], dict[str, str]]:
-    """The command and the environment of a SLURM job on two nodes with two ranks each."""
-    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.231.7.1 node0\n10.231.7.2 node1\n")
-    own = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SPACES": " ".join(spaces),
-        "HOSTS": str(tmp_path / "hosts"),
-        "CACHE": str(tmp_path / "cache"),
-        "REQUEUED": str(tmp_path / "requeued"),
-        "SLURM_JOB_ID": "7",
-        "SLURM_NNODES": "2",
-        "SLURM_NTASKS": "2",
-        "SLURM_JOB_NODELIST": "node[0-1]",
-        "SLURM_GPUS_ON_NODE": "2",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-    }
-    words = ["bash", ROOT / "integrations" / "slurm.sh", lab / "config.toml", f"--data.dataset={lab}/documents.jsonl"]
-    return words, own
-
-
-def test_two_nodes_of_a_slurm_job_compute_what_one_does_although_one_is_killed(lab, job, spaces):
-    """The job fails with the node. SLURM queues it again, and it goes on."""
-    (words, own), run_dir = job, lab / "node-killed"
-    with start(lab, *words, f"--run.dir={run_dir}", **own) as process:
-        wait_until(lambda: len(metrics(run_dir)) >= 5, process)
-        for pid in subprocess.run(["ip", "netns", "pids", spaces[1]], capture_output=True, text=True).stdout.split():
-            with contextlib.suppress(ProcessLookupError):  # `srun` kills what is left
-                os.kill(int(pid), signal.SIGKILL)
-        assert process.wait(300) != 0
-    assert len(metrics(run_dir)) < STEPS
-    done = run_process(lab, *words, f"--run.dir={run_dir}", **own)
-    assert f"resumed from {run_dir}/checkpoints" in done.stdout
-    assert_same_run(run_dir, lab)
-    assert not Path(own["REQUEUED"]).exists()
-
-
-def test_before_its_time_limit_a_slurm_job_saves_and_is_queued_again(lab, job):
-    (words, own), run_dir = job, lab / "requeued"
-    with start(lab, *words, f"--run.dir={run_dir}", "--checkpoint.every=0", **own) as process:
-        wait_until(lambda: len(metrics(run_dir)) >= 2, process)
-        process.send_signal(signal.SIGUSR1)  # --signal=B:USR1@600
-        assert process.wait(300) == 0, output(lab)
-    stopped = len(metrics(run_dir))
-    assert f"stopped at step {stopped}" in output(lab)
+def test_a_slurm_job_that_is_signalled_saves_and_goes_on_by_itself_until_it_is_complete(lab, slurm):
+    """Before its time limit, at its start or in the middle: the queue has it again, and the run is that of torchrun."""
+    job = Job(slurm, lab, "signalled", "--checkpoint.every=0")
+    job.starts()
+    job.signal()
+    job.starts(again=1)
+    assert metrics(job.run_dir) == []
+    job.reaches(step=2)
+    job.signal()
+    job.starts(again=2)
+    stopped = len(metrics(job.run_dir))
+    assert f"stopped at step {stopped}\n" in job.output()
     assert 2 <= stopped < STEPS
-    assert Path(own["REQUEUED"]).read_text() == "7\n"
-    run_process(lab, *words, f"--run.dir={run_dir}", "--checkpoint.every=0", **own)
-    assert_same_run(run_dir, lab)
-    assert Path(own["REQUEUED"]).read_text() == "7\n", "no second time"
+    assert job.ends() == "COMPLETED", job.output()
+    assert job.shown("Restarts") == "2", "a job that is complete is not queued again"
+    assert f"resumed from {job.run_dir}/checkpoints/step_{stopped:08d}\n" in job.output()
+    assert_same_run(job.run_dir, lab)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_slurm_task_that_alone_is_signalled_passes_it_on(lab, slurm, number):
+    """As proctrack/cgroup does it: the processes below the task hear nothing of SLURM. The script was not asked."""
+    job = Job(slurm, lab, f"task-{number}", "--checkpoint.every=0")
+    job.reaches(step=2)
+    for node in (0, 1):
+        slurm.kill(node, number, only="/usr/bin/bash -c on_node")
+    assert job.ends() == "COMPLETED", job.output()
+    stopped = len(metrics(job.run_dir))
+    assert stopped < STEPS
+    assert (job.run_dir / "checkpoints" / f"step_{stopped:08d}").exists()
+    assert job.shown("Restarts") == "0"
+
+
+def test_a_slurm_job_goes_on_after_a_node_has_died(lab, slurm):
+    job = Job(slurm, lab, "node-dies")
+    job.reaches(step=5)
+    slurm.kill(1)
+    slurm.ask("scontrol", "update", "NodeName=node1", "State=DOWN", "Reason=killed")  # as after SlurmdTimeout
+    reached = len(metrics(job.run_dir))
+    assert reached < STEPS
+    slurm.serve(1, "slurmd", "-D", "-N", "node1")
+    slurm.ask("scontrol", "update", "NodeName=node1", "State=RESUME")
+    assert job.ends() == "COMPLETED", job.output()
+    assert job.shown("Restarts") == "1"
+    assert f"resumed from {job.run_dir}/checkpoints" in job.output()
+    assert_same_run(job.run_dir, lab)
+
+
+def test_what_a_user_got_wrong_fails_a_slurm_job_and_does_not_queue_it_again(lab, slurm):
+    job = Job(slurm, lab, "wrong", "--train.stepz=3")
+    assert job.ends() == "FAILED"
+    assert job.shown("Restarts") == "0"
+    assert "error: train.stepz: there is no such key: did you mean train.steps?" in job.output()
+    assert not job.run_dir.exists()
 
 
 def test_the_script_for_slurm_passes_shellcheck():
@@ -337,23 +459,18 @@ def test_the_script_for_slurm_passes_shellcheck():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused_with_what_helps(lab, job, tmp_path):
+def test_tasks_of_srun_that_do_not_know_of_each_other_are_refused_with_what_helps(lab, slurm):
     """And what the message says helps: four tasks that say it make one run."""
-    tasks = job[1] | {"SLURM_NTASKS": "4", "SLURM_NNODES": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *ARGUMENTS, "--run.dir=tasks"]
-    refused = run_process(lab, *command, status=2, **tasks)
-    first, *lines = refused.stderr.splitlines()
-    assert first.startswith("error: SLURM_NTASKS=4 without RANK: each task would be a run of its own")
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=2", "--chdir", lab]
+    command = [sys.executable, ROOT / "train.py", *ARGUMENTS, "--run.dir=tasks"]
+    refused = slurm.run(*srun, "--ntasks=4", *command)
+    messages = refused.stderr.split("error: SLURM_NTASKS=4 without RANK: each task would be a run of its own")
+    assert len(messages) == 5, refused.stderr
     assert not (lab / "tasks").exists()
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
-    with socket.socket() as found:
-        found.bind(("", 0))
-        port = found.getsockname()[1]
-    script = "\n".join(lines).replace("29500", str(port)) + '\nexec "$@"'
-    words = ["bash", "-c", script, "bash", *command]
-    own = [environment(lab, tasks | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(4)]
-    processes = [subprocess.Popen(words, cwd=lab, env=each) for each in own]
-    assert [process.wait(300) for process in processes] == [0] * 4
+    lines = [line for line in messages[1].splitlines() if line.startswith("  export ")]
+    assert len(lines) == 4
+    done = slurm.run(*srun, "bash", "-c", "\n".join([*lines, 'exec "$@"']), "bash", *command)
+    assert done.returncode == 0, done.stderr
     assert_same_run(lab / "tasks", lab)
 
 
