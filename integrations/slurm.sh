@@ -30,18 +30,23 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Where a node has several networks. Where it calls itself 127.0.1.1 the job fails without:
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
 
-# On each node. SLURM signals this shell, or all that runs in it too (ProctrackType). So torchrun, which would die of
-# USR1, is started with it blocked, and its children inherit that: the signal waits until train.py looks, once a step.
+# Starts a command with USR1 blocked, which its children inherit: nothing dies of it, and train.py looks for it each step
+export HOLD_USR1='
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+os.execvp(sys.argv[1], sys.argv[1:])
+'
+
+# On each node. SLURM signals this shell alone, or all that it has started too (ProctrackType)
 # shellcheck disable=SC2329 # srun's bash calls it
 on_node() {
-    local hold='import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1}); os.execvp(sys.argv[1], sys.argv[1:])'
     trap '[[ -z $torchrun ]] || pkill -USR1 -P "$torchrun"' USR1 TERM
-    python -c "$hold" \
-        torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=2 \
+    python -c "$HOLD_USR1" torchrun \
+        --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=2 \
         --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$FIRST_NODE:29500" \
         --rdzv_conf="is_host=$((SLURM_NODEID == 0))" --local_addr="$SLURMD_NODENAME" train.py "$@" &
     torchrun=$!
-    while kill -0 "$torchrun" 2> /dev/null; do wait "$torchrun"; done # the trap ends a `wait` early
+    while kill -0 "$torchrun" 2> /dev/null; do wait "$torchrun"; done # a trap ends `wait` early
     wait "$torchrun"
 }
 
@@ -50,7 +55,7 @@ srun=$!
 # srun passes USR1 on to every node. Again and again: while something starts it may be missed
 while kill -0 "$srun" 2> /dev/null; do
     [[ $stopping == no ]] || kill -USR1 "$srun"
-    sleep 5
+    sleep 5 & wait "$!" # which the trap ends early
 done
 wait "$srun"
 status=$?
