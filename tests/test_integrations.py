@@ -405,11 +405,15 @@ def test_a_slurm_job_that_is_signalled_saves_and_goes_on_by_itself_until_it_is_c
     job.starts()
     job.signal()
     job.starts(again=1)
+    told = len(job.output())
     job.reaches(step=2)
     job.signal()
     job.starts(again=2)
     stopped = len(metrics(job.run_dir))
-    assert f"stopped at step {stopped}\n" in job.output()
+    assert f"stopped at step {stopped}\n" in job.output()[told:]
+    assert "srun: error" not in job.output()[told:], (
+        "no task has died, such as torchrun: SLURM would kill who still saves"
+    )
     assert 2 <= stopped < STEPS
     assert job.ends() == "COMPLETED", job.output()
     assert job.shown("Restarts") == "2", "a job that is complete is not queued again"
