@@ -5,19 +5,21 @@
 From this project's folder; all other arguments are train.py's. It has been run on CPUs only; GPUs are used where there
 are any.
 
-What Ray does: it finds the machines, starts a worker for each rank, starts all of them again when one dies, up to
-`--max-failures` times, and keeps every line of metrics.jsonl in its own results, in `<run.dir>-ray` beside the run
-directory. What train() does as ever: it goes on from the newest checkpoint in the run directory, with the rows that
-come next, whether Ray has started the workers again or you have. On several machines the run directory must be shared.
+What Ray does: it finds the machines, starts a worker for each rank, and starts all of them again when one dies, up to
+`--max-failures` times. Every line of metrics.jsonl is reported to it, for callbacks (`RunConfig(callbacks=...)`); it
+keeps none without checkpoints of its own. What train() does as ever: it goes on from the newest checkpoint in the run
+directory, with the rows that come next, whether Ray has started the workers again or you have. On several machines the
+run directory must be shared; Ray's own, `<run.dir>-ray`, lies beside it.
 """
 
 import argparse
 import logging
 import os
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import torch
@@ -33,6 +35,8 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 def set_up() -> None:
     """In each process that Ray starts."""
     sys.path.insert(0, ROOT)  # the project is no package: this is where its modules are
+    # for Ray's own processes, which would not know which one is meant where a machine has several
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     # without Ray's dashboard, which it asks once a second, it warns once a second
     cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(cleaner).setLevel(logging.ERROR)
@@ -56,24 +60,37 @@ def worker(given: dict[str, Any]) -> str | None:
     return None
 
 
+def refuse(message: object) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Others are train.py's.", allow_abbrev=False
-    )
-    parser.add_argument("--num-workers", type=int, default=4, help="ranks: one a GPU, or processes on a CPU")
-    parser.add_argument("--max-failures", type=int, default=1, help="how often workers are started again")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--num-workers", type=int, default=4, help="ranks: one a GPU, or processes on a CPU (4)")
+    parser.add_argument("--max-failures", type=int, default=1, help="how often workers are started again (1)")
     own, arguments = parser.parse_known_args()
     if own.num_workers < 1:
         parser.error(f"--num-workers={own.num_workers} is below 1")
-    try:
+    try:  # before anything is started
         run_dir = Path(configs.load(arguments, own.num_workers).run.dir).absolute()
-    except ranks.UserError as error:  # before anything is started
-        sys.exit(f"error: {error}")
-    # without a cluster, on this machine, ranks share the cores as under torchrun, and Ray's controller takes one
+        storage = run_dir.with_name(f"{run_dir.name}-ray")
+        was_there = storage.exists()
+        storage.mkdir(parents=True, exist_ok=True)
+    except ranks.UserError as error:
+        refuse(error)
+    except OSError as error:
+        refuse(f"run.dir: Ray's folder beside it cannot be made: {error}")
+    # without a cluster, on this machine, ranks share the cores as under torchrun
     address = os.environ.get("RAY_ADDRESS") or "local"
-    cores = max(ranks.cores(), own.num_workers + 1) if address == "local" else None
+    cores = max(ranks.cores(), own.num_workers) if address == "local" else None
     ray.init(address, num_cpus=cores, runtime_env={"worker_process_setup_hook": set_up})
-    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    found = ray.cluster_resources()
+    on_gpu = found.get("GPU", 0) > 0
+    kind = "GPU" if on_gpu else "CPU"
+    if found.get(kind, 0) < own.num_workers:
+        print(f"--num-workers={own.num_workers}: Ray has {found.get(kind, 0):g} {kind}s and waits for more")
     trainer = TorchTrainer(
         worker,
         train_loop_config={"arguments": arguments, "folder": str(Path.cwd())},
@@ -81,12 +98,14 @@ def main() -> None:
         # train() votes with CPU tensors, also on GPUs
         torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=ranks.SETUP_TIMEOUT.seconds),
         run_config=RunConfig(
-            f"{run_dir.name}-ray", str(run_dir.parent), failure_config=FailureConfig(max_failures=own.max_failures)
+            storage.name, str(storage.parent), failure_config=FailureConfig(max_failures=own.max_failures)
         ),
     )
     result = trainer.fit()
     if result.return_value is not None:
-        sys.exit(f"error: {result.return_value}")
+        if not was_there:
+            shutil.rmtree(storage)
+        refuse(result.return_value)
 
 
 if __name__ == "__main__":

@@ -212,15 +212,19 @@ def test_ray_train_computes_what_torchrun_does_although_a_worker_is_killed_and_t
 
 
 def test_what_a_user_got_wrong_is_said_once_under_ray_and_not_tried_again(lab, ray_environment):
-    wrong = run_process(lab, *ray_command("--train.stepz=3"), status=1, **ray_environment)
+    wrong = run_process(lab, *ray_command("--train.stepz=3"), status=2, **ray_environment)
     assert wrong.stderr == "error: train.stepz: there is no such key: did you mean train.steps?\n"
     assert wrong.stdout == ""
-    done = run_process(lab, *ray_command("--data.text_column=body", "--run.dir=wrong"), status=1, **ray_environment)
+    wrong = run_process(lab, *ray_command("--run.dir=config.toml/wrong"), status=2, **ray_environment)
+    assert wrong.stderr.startswith("error: ")
+    assert f"{lab}/config.toml" in wrong.stderr
+    assert wrong.stderr.count("\n") == 1
+    done = run_process(lab, *ray_command("--data.text_column=body", "--run.dir=wrong"), status=2, **ray_environment)
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "data.text_column='body'" in message or "data.text_column=body" in message
     assert "Traceback" not in done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("world_rank=0") == 1
-    assert not (lab / "wrong").exists()
+    assert not list(lab.glob("wrong*")), "Ray's folder has gone too"
 
 
 # SLURM: a cluster of two nodes on this machine, which are network namespaces with names of their own
