@@ -19,7 +19,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 import torch
@@ -29,12 +29,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 import configs
 from runtime import ranks
 
-ROOT = str(Path(__file__).resolve().parent.parent)
-
 
 def set_up() -> None:
     """In each process that Ray starts."""
-    sys.path.insert(0, ROOT)  # the project is no package: this is where its modules are
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # the project is no package: this is where its modules are
     # for Ray's own processes, which would not know which one is meant where a machine has several
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     # without Ray's dashboard, which it asks once a second, it warns once a second
@@ -60,11 +58,6 @@ def worker(given: dict[str, Any]) -> str | None:
     return None
 
 
-def refuse(message: object) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -72,40 +65,30 @@ def main() -> None:
     parser.add_argument("--max-failures", type=int, default=1, help="how often workers are started again (1)")
     own, arguments = parser.parse_known_args()
     if own.num_workers < 1:
-        parser.error(f"--num-workers={own.num_workers} is below 1")
+        sys.exit(f"error: --num-workers={own.num_workers} is below 1")
     try:  # before anything is started
-        run_dir = Path(configs.load(arguments, own.num_workers).run.dir).absolute()
-        storage = run_dir.with_name(f"{run_dir.name}-ray")
+        storage = Path(f"{Path(configs.load(arguments, own.num_workers).run.dir).absolute()}-ray")
         was_there = storage.exists()
         storage.mkdir(parents=True, exist_ok=True)
-    except ranks.UserError as error:
-        refuse(error)
-    except OSError as error:
-        refuse(f"run.dir: Ray's folder beside it cannot be made: {error}")
+    except (ranks.UserError, OSError) as error:
+        sys.exit(f"error: {error}")
     # without a cluster, on this machine, ranks share the cores as under torchrun
     address = os.environ.get("RAY_ADDRESS") or "local"
     cores = max(ranks.cores(), own.num_workers) if address == "local" else None
     ray.init(address, num_cpus=cores, runtime_env={"worker_process_setup_hook": set_up})
-    found = ray.cluster_resources()
-    on_gpu = found.get("GPU", 0) > 0
-    kind = "GPU" if on_gpu else "CPU"
-    if found.get(kind, 0) < own.num_workers:
-        print(f"--num-workers={own.num_workers}: Ray has {found.get(kind, 0):g} {kind}s and waits for more")
+    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
     trainer = TorchTrainer(
         worker,
         train_loop_config={"arguments": arguments, "folder": str(Path.cwd())},
         scaling_config=ScalingConfig(num_workers=own.num_workers, use_gpu=on_gpu),
         # train() votes with CPU tensors, also on GPUs
         torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=ranks.SETUP_TIMEOUT.seconds),
-        run_config=RunConfig(
-            storage.name, str(storage.parent), failure_config=FailureConfig(max_failures=own.max_failures)
-        ),
+        run_config=RunConfig(storage.name, str(storage.parent), failure_config=FailureConfig(own.max_failures)),
     )
-    result = trainer.fit()
-    if result.return_value is not None:
+    if (wrong := trainer.fit().return_value) is not None:
         if not was_there:
             shutil.rmtree(storage)
-        refuse(result.return_value)
+        sys.exit(f"error: {wrong}")
 
 
 if __name__ == "__main__":
