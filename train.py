@@ -49,11 +49,11 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
 def make_optimizer(model: Llama, optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices only, not on norms.
 
-    Another optimizer goes here, and nowhere else. What the loop, checkpoints and explain.py rely on: it honours
-    `found_inf` (a step whose gradient is not finite changes nothing); its state is tensors under fixed names, of the
-    parameter's shape or scalars, and can be made by a step with zero gradients; the parameters come in the same order
-    on all ranks. A group may carry its own share of the learning rate, as "lr_ratio". Whole matrices come from
-    `parallel.whole`.
+    Another optimizer goes here, and nowhere else; one with less state than two moments lowers configs.STATE_BYTES too.
+    What the loop, checkpoints and explain.py rely on: it honours `found_inf` (a step whose gradient is not finite
+    changes nothing); its state is tensors under fixed names, of the parameter's shape or scalars, and can be made by a
+    step with zero gradients; the parameters come in the same order on all ranks. A group may carry its own share of the
+    learning rate, as "lr_ratio". Whole matrices come from `parallel.whole`.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]

@@ -30,11 +30,12 @@ import checkpoint
 from checkpoint import CheckpointConfig
 from corpus.config import DataConfig
 from huggingface import config as pretrained
-from model import ModelConfig, needs_mask
+from model import Llama, ModelConfig, needs_mask
 from parallel import ParallelConfig
-from runtime import ranks
+from runtime import hardware, ranks
 
 QUICKSTART = Path(__file__).parent / "quickstart.toml"
+STATE_BYTES = 16  # of a parameter, its gradient and AdamW's two moments, in float32
 USAGE = "usage: [torchrun ...] train.py [CONFIG.toml] [--section.key=value ...]"
 
 
@@ -287,8 +288,8 @@ def load(arguments: list[str], world: int | None = None, local_world: int | None
     Resolved are `run.dir`, `parallel.tp`, `model.head_dim` and `model.max_position_embeddings`; `model.vocab_size` = 0
     waits for the tokenizer and `train.steps` = 0 for the data (see `settle`).
 
-    It is for the ranks that torchrun has started, and then this node's GPUs have a say; or for `world` ranks, of which
-    `local_world` share a node, wherever those are.
+    It is for the ranks that torchrun has started, and then this node's GPUs and memory have a say; or for `world`
+    ranks, of which `local_world` share a node, wherever those are.
     """
     is_here = world is None
     if world is None:
@@ -305,10 +306,15 @@ def load(arguments: list[str], world: int | None = None, local_world: int | None
     config = Config(**{section: schema(**sections[section]) for section, schema in SECTIONS.items()})
     config.model.max_position_embeddings = config.model.max_position_embeddings or config.data.seq_len
     config.run.dir = run_dir(good, path)
-    tp = largest_tp(config, world, local_world) if config.parallel.tp == "auto" else config.parallel.tp
+    tp, on_gpus = config.parallel.tp, is_here and torch.cuda.is_available()
+    if tp == "auto":
+        tp = smallest_tp(config, world) if on_gpus else largest_tp(config, world, local_world)
     config.parallel.tp = tp
-    broken = [*model_rules(config, good), *data_rules(config), *run_rules(config)]
-    if is_here and torch.cuda.is_available():
+    broken = [*model_rules(config, good)]
+    if is_here and not broken:  # else there may be no such model
+        broken += memory_rules(config, world, local_world)
+    broken += [*data_rules(config), *run_rules(config)]
+    if on_gpus:
         broken += gpu_rules(config, local_world)
     broken += (wrong_mesh := mesh_errors(config, tp, world))
     bad = (values.keys() & HINTS.keys()) - good.keys()
@@ -471,6 +477,51 @@ def gpu_rules(config: Config, local_world: int) -> Iterator[str]:
         )
 
 
+def memory_needed(config: Config) -> tuple[int, int]:
+    """Bytes that training surely takes: of what a replica's ranks share out, and of what each holds beside its slices.
+
+    The first is the state, the second the RoPE tables and a micro-batch, its tokens and their hidden states. It counts
+    the real model, on meta, but of many blocks only the first few, and the others like the smallest of these. 2^63
+    stands for all that is beyond torch.
+    """
+    model, data, plan = config.model, config.data, config.parallel
+    few = min(model.num_hidden_layers, 8)
+    vocab_size = model.vocab_size or max(128, data.tokenizer_vocab_size if data.tokenizer == "train" else 0)
+    try:
+        with torch.device("meta"):
+            llama = Llama(dataclasses.replace(model, vocab_size=vocab_size, num_hidden_layers=few))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if model.max_position_embeddings < 2**63 and "verflow" not in repr(error):
+            raise
+        return 2**63, 2**63
+    total, *blocks = (sum(p.numel() for p in part.parameters()) for part in (llama, *llama.model.layers))
+    state = STATE_BYTES * (total + (model.num_hidden_layers - few) * min(blocks))
+    token = 8 + getattr(torch, plan.param_dtype).itemsize * model.hidden_size // plan.tp  # (B, T) ids, (B, T/tp, D)
+    beside = sum(buffer.nbytes for buffer in llama.buffers()) + config.train.micro_batch_size * data.seq_len * token
+    return min(state, 2**63), min(beside, 2**63)
+
+
+def memory_rules(config: Config, world: int, local_world: int) -> Iterator[str]:
+    """What surely does not fit is refused here, before hours go into the data. What does fit may still run out."""
+    (state, beside), has = memory_needed(config), hardware.memory_per_rank(local_world)
+    flat, replicas = flatten(config), config.parallel.dp_replicate
+    need = state / max(1, world // replicas) + beside
+    if need <= has:
+        return
+    names = [*(name for name in flat if name.startswith("model.")), "data.seq_len", "train.micro_batch_size"]
+    names += ["data.tokenizer_vocab_size"] * (config.model.vocab_size == 0)
+    sizes = {name: flat[name] for name in names if type(flat[name]) is int}
+    large = ", ".join(f"{name}={size}" for name, size in sizes.items() if 100 * size >= max(sizes.values()))
+    remedy = "lower these values" + ", or parallel.dp_replicate" * (replicas > 1)
+    if beside < has and state < 2**63:
+        of_kind = "GPUs like this one" if torch.cuda.is_available() else f"ranks, {local_world} on each machine"
+        remedy += f", or use at least {replicas * math.ceil(state / (has - beside)):,} {of_kind}"
+    yield (
+        f"{large}: parameters, gradients, moments, RoPE tables and a micro-batch take at least {need / 2**30:,.1f} GiB "
+        f"on each rank, which has {has / 2**30:,.1f} GiB (ranks on this machine: {local_world}): {remedy}"
+    )
+
+
 def warmup_error(warmup_steps: int, steps: int) -> str:
     return f"optim.warmup_steps={warmup_steps} is longer than the run of {steps} steps: lower it or raise train.steps"
 
@@ -507,10 +558,19 @@ def divided_by_tp(config: Config) -> dict[str, int]:
     }
 
 
-def largest_tp(config: Config, world: int, local_world: int) -> int:
-    """What "auto" stands for: the largest divisor of the node's ranks that passes every rule.
+def smallest_tp(config: Config, world: int) -> int:
+    """What "auto" stands for on GPUs: the smallest that passes every rule; whether it fits, explain.py --gpu=... says.
 
-    On a single node of 4 ranks or more at most half of them, so that the mesh is 2-D.
+    TP's collectives stand in the way of compute, FSDP's run beside it (docs/mesh.md).
+    """
+    works = (tp for tp in divisors(world) if not mesh_errors(config, tp, world))
+    return next((tp for tp in works if not batch_errors(config.train, world // tp)), 1)
+
+
+def largest_tp(config: Config, world: int, local_world: int) -> int:
+    """What "auto" stands for on CPUs: the largest divisor of the node's ranks that passes every rule.
+
+    On a single node of 4 ranks or more at most half of them, so that the mesh is 2-D, as it is there to be tried.
     """
     most = local_world // 2 if world == local_world >= 4 else local_world
     candidates = [tp for tp in divisors(local_world) if tp <= most]

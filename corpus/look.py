@@ -80,7 +80,8 @@ def main() -> None:
         print(configs.help_text().replace("[torchrun ...] train.py", "python -m corpus.look"))
         return
     try:
-        config = configs.load([*sys.argv[1:], "--parallel.tp=1", "--parallel.dp_replicate=1"])  # this is one process
+        one_rank = [*sys.argv[1:], "--parallel.tp=1", "--parallel.dp_replicate=1"]
+        config = configs.load(one_rank, world=1)  # wherever: the model need not fit here
         tokenizer = load_tokenizer(config.data)
         if config.data.streaming:
             source, validation, file = first_rows(config.data, tokenizer, Path(config.run.dir))

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from itertools import takewhile
@@ -13,8 +16,10 @@ import torch
 
 import configs
 import train
+from benchmarks.lines import ROOT
 from configs import HINTS, SECTIONS, Config, ConfigError, OptimConfig, TrainConfig, flatten, to_toml, toml_value
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, parameter_count
+from runtime import hardware
 from runtime.ranks import UserError
 
 RECIPES = sorted(Path(configs.__file__).parent.glob("*.toml"))
@@ -24,8 +29,9 @@ LLAMA_3_1 |= {"original_max_position_embeddings": 8192}
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    """Neither torchrun's environment nor this machine's GPUs decide what a test sees."""
+    """Neither torchrun's environment nor this machine's GPUs and memory decide what a test sees."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "memory_per_rank", lambda local_world: math.inf)
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
 
@@ -39,6 +45,18 @@ def on_ranks(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world or world))
 
     return start
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """`memory(2**30)`: as if so many bytes were left on each machine, or if `gpu`, on each GPU."""
+
+    def set_to(size: float, gpu: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+        monkeypatch.setattr(hardware, "memory_per_rank", lambda local_world: size / (1 if gpu else local_world))
+
+    return set_to
 
 
 @pytest.fixture
@@ -569,6 +587,238 @@ def test_the_gpus_of_this_machine_have_no_say_about_another(on_ranks, monkeypatc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What does not fit this machine
+
+WIDE = ["--model.num_attention_heads=2", "--model.num_key_value_heads=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "more"),
+    [
+        *(("model.hidden_size", 10**power, []) for power in (9, 10, 19, 40, 400)),
+        *(("model.intermediate_size", 10**power, []) for power in (12, 19, 40)),
+        *(("model.num_hidden_layers", 10**power, []) for power in (6, 12, 40, 400)),
+        *(("model.vocab_size", 10**power, []) for power in (12, 19, 40)),
+        *(("model.head_dim", 10**power, WIDE) for power in (12, 18, 40)),
+        *(("model.num_attention_heads", 10**power, ["--model.head_dim=2"]) for power in (9, 18, 40)),
+        ("data.tokenizer_vocab_size", 10**12, []),
+        *(("data.seq_len", length, []) for length in (10**8, 2**62, 2**63, 10**20, 10**40)),
+        ("model.max_position_embeddings", 10**12, []),
+        *(("train.micro_batch_size", 10**p, [f"--train.global_batch_size={10**p}"]) for p in (9, 400)),
+    ],
+    ids=lambda value: f"{math.log10(value):.0f}" if isinstance(value, int) else None,
+)
+def test_a_size_that_no_machine_holds_is_named_with_what_there_is(memory, name, value, more):
+    memory(64 * 2**30)
+    (error,) = errors_of(f"--{name}={value}", *more)
+    sizes, _, rest = error.partition(": ")
+    assert f"{name}={value}" in sizes.split(", ")
+    assert len(sizes.split(", ")) <= 2, "what is small beside it is not to blame"
+    needs = re.fullmatch(r".* take at least ([\d,]+\.\d) GiB on each rank, which has 64\.0 GiB \(.* 1\): (.+)", rest)
+    assert float(needs[1].replace(",", "")) > 64
+    assert needs[2].startswith("lower these values")
+    assert value < 10**18 or needs[2] == "lower these values", "how many ranks it takes is beyond counting"
+
+
+def test_what_is_counted_is_what_training_holds():
+    """To the byte: parameters, gradients, moments; and beside them the RoPE tables, tokens and hidden states."""
+    arguments = ["--model.vocab_size=384", "--data.tokenizer_vocab_size=300", "--data.seq_len=16"]
+    config = configs.load([*arguments, "--model.num_hidden_layers=10", "--train.micro_batch_size=2"])
+    model, tokens = Llama(config.model), torch.zeros(2, 16, dtype=torch.long)
+    hidden = model.model.embed_tokens(tokens)
+    optimizer = train.make_optimizer(model, config.optim)
+    model(tokens, tokens).backward()
+    optimizer.step()
+    held = [*model.parameters(), *(parameter.grad for parameter in model.parameters())]
+    held += [moments[name] for moments in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    state, beside = configs.memory_needed(config)
+    assert state == sum(tensor.nbytes for tensor in held)
+    assert beside == model.rope.nbytes + tokens.nbytes + hidden.nbytes
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize("layers", [0, 1, 8, 9, 100])
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_few_blocks_are_built_and_all_are_counted(recipe, layers, tied, on_ranks, monkeypatch):
+    on_ranks(*worlds_of(recipe)[0])
+    depth = [f"--model.num_hidden_layers={layers}"] * (layers > 0)
+    config = configs.load([str(recipe), *depth, f"--model.tie_word_embeddings={tied}"])
+    vocab_size = config.model.vocab_size or config.data.tokenizer_vocab_size
+    expected, built = parameter_count(dataclasses.replace(config.model, vocab_size=vocab_size)), []
+    monkeypatch.setattr(configs, "Llama", lambda shape: built.append(shape.num_hidden_layers) or Llama(shape))
+    assert configs.memory_needed(config)[0] == 16 * expected
+    assert built[0] <= 8
+
+
+def test_a_vocabulary_that_waits_for_a_tokenizer_from_elsewhere_counts_as_the_smallest_there_is():
+    waits = configs.load(["--data.tokenizer=some.json", "--data.tokenizer_vocab_size=1000000000000"])
+    small = configs.load(["--data.tokenizer=some.json", "--model.vocab_size=128"])
+    assert configs.memory_needed(waits) == configs.memory_needed(small)
+
+
+def test_blocks_of_several_kinds_count_as_the_smallest_where_they_are_not_built(monkeypatch):
+    """A refusal must be sure, in a fork too."""
+
+    def every_second_without_mlp(shape: ModelConfig) -> Llama:
+        model = Llama(shape)
+        for block in model.model.layers[1::2]:
+            del block.mlp
+        return model
+
+    config = configs.load(["--model.vocab_size=4096", "--model.num_hidden_layers=20"])
+    counts = {}
+    for build in (Llama, every_second_without_mlp):
+        monkeypatch.setattr(configs, "Llama", build)
+        counts[build] = configs.memory_needed(config)[0] // 16
+    mlp = 3 * config.model.hidden_size * config.model.intermediate_size
+    assert counts[Llama] - counts[every_second_without_mlp] == (4 + 12) * mlp
+
+
+def test_an_error_of_a_forks_model_is_not_taken_for_a_size(memory, monkeypatch):
+    def broken(shape: ModelConfig) -> Llama:
+        raise TypeError("'int' object is not callable")
+
+    memory(2**30)
+    monkeypatch.setattr(configs, "Llama", broken)
+    with pytest.raises(TypeError, match="not callable"):
+        configs.load([])
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("world", "local_world", "plan", "slices"),
+    [
+        (1, 1, {}, 1),
+        (4, 4, {"parallel.tp": 2}, 4),
+        (4, 4, {"parallel.tp": 4}, 4),
+        (8, 4, {"parallel.tp": 1}, 8),
+        (8, 8, {"parallel.dp_replicate": 2, "parallel.tp": 4}, 4),
+        (8, 8, {"parallel.dp_replicate": 4, "parallel.tp": 2, "parallel.param_dtype": "bfloat16"}, 2),
+    ],
+)
+def test_what_just_fits_passes_and_a_byte_less_is_refused(on_ranks, memory, gpu, world, local_world, plan, slices):
+    """Slices share the state, a CPU's ranks its memory, and nobody the rest."""
+    on_ranks(world, local_world)
+    arguments = arguments_of(SHAPE | {"model.num_hidden_layers": 12} | plan)
+    state, beside = configs.memory_needed(config := configs.load(arguments))
+    rope, tokens = 2 * 48 * 2 * 4, 48  # head_dim is 2
+    width = 48 // config.parallel.tp * (2 if "parallel.param_dtype" in plan else 4)
+    assert beside == rope + tokens * (8 + width)
+    needed = (state / slices + beside) * (1 if gpu else local_world)
+    memory(needed, gpu)
+    assert configs.load(arguments) == config
+    memory(needed - 1, gpu)
+    (error,) = [line for line in errors_of(*arguments) if "FlexAttention" not in line]
+    assert f"(ranks on this machine: {local_world})" in error
+    assert ("or parallel.dp_replicate" in error) == ("parallel.dp_replicate" in plan)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("local_world", "plan", "enough"),
+    [(1, {}, 3), (1, {}, 8), (2, {}, 4), (2, {"parallel.dp_replicate": 2}, 12), (3, {}, 24)],
+)
+def test_as_many_ranks_as_the_message_asks_for_are_enough(on_ranks, memory, gpu, local_world, plan, enough):
+    arguments = arguments_of(SHAPE | {"model.num_hidden_layers": 12, "parallel.tp": 1} | plan)
+    on_ranks(enough, local_world)
+    state, beside = configs.memory_needed(configs.load(arguments))
+    replicas = plan.get("parallel.dp_replicate", 1)
+    memory((state / (enough // replicas) + beside) * (1 if gpu else local_world), gpu)
+    on_ranks(local_world)
+    (error,) = errors_of(*arguments)
+    number, kind = re.search(r"or use at least (\d+) (.*)$", error).groups()
+    assert kind == ("GPUs like this one" if gpu else f"ranks, {local_world} on each machine")
+    assert int(number) == enough
+    on_ranks(enough, local_world)
+    configs.load(arguments)
+    on_ranks(enough - local_world, local_world)
+    assert any("take at least" in line for line in errors_of(*arguments))
+
+
+def test_more_ranks_are_no_remedy_for_what_each_holds_whole(on_ranks, memory):
+    arguments = arguments_of(SHAPE | {"model.max_position_embeddings": 100_000})
+    memory(2 * 100_000 * 2 * 4)
+    (error,) = errors_of(*arguments)
+    assert error.startswith("model.max_position_embeddings=100000: ")
+    assert error.endswith(": lower these values")
+    memory(sum(configs.memory_needed(configs.load(arguments, world=1))))
+    configs.load(arguments)
+    on_ranks(2)
+    assert "(ranks on this machine: 2)" in errors_of(*arguments)[0], "each has tables of its own"
+
+
+def test_what_does_not_fit_is_reported_with_all_else_that_is_wrong(memory):
+    memory(2**30)
+    wrong = ["--optim.warmup_steps=1000", "--train.stepz=3", "--train.micro_batch_size=5", "--optim.lr=fast"]
+    errors = errors_of("--model.hidden_size=1000000000", *wrong)
+    names = [
+        "model.hidden_size=1000000000",
+        "optim.warmup_steps",
+        "train.stepz",
+        "train.micro_batch_size=5",
+        "optim.lr",
+    ]
+    assert all(sum(name in error for error in errors) == 1 for name in names), errors
+    assert len(errors) == len(names)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "model.hidden_size=0",
+        "model.hidden_size=4",
+        "model.num_attention_heads=0",
+        "model.num_hidden_layers=-1",
+        "model.vocab_size=many",
+        "model.rope_scaling={rope_type = 'llama3'}",
+        "model.head_dim=-1",
+        "data.seq_len=0",
+        "data.tokenizer_vocab_size=-1000000000000",
+        "parallel.tp=0",
+        "parallel.tp=7",
+        "parallel.dp_replicate=0",
+        "parallel.dp_replicate=7",
+        "parallel.param_dtype=float8",
+        "train.micro_batch_size=0",
+    ],
+)
+def test_what_is_wrong_by_itself_is_not_counted(memory, argument):
+    """Where memory is short or not, its own message is there, and no other one speaks of it."""
+    own, name = errors_of(f"--{argument}"), argument.partition("=")[0]
+    memory(2**40)
+    assert errors_of(f"--{argument}") == own
+    memory(1)
+    errors = errors_of(f"--{argument}")
+    assert set(own) <= set(errors)
+    assert all("take at least" in error and f"{name}=" not in error for error in errors if error not in own)
+
+
+def test_the_memory_of_this_machine_has_no_say_about_another(memory):
+    memory(1)
+    assert configs.load([], world=1).parallel.tp == 1
+    assert configs.load([str(Path(configs.__file__).parent / "llama3_70b.toml")], world=64, local_world=8)
+    assert len(errors_of()) == 1
+
+
+@pytest.mark.parametrize("argument", ["--model.hidden_size=1000000000", "--data.seq_len=100000000"])
+def test_the_command_refuses_what_cannot_fit_in_one_line_and_leaves_nothing_behind(argument, tmp_path):
+    if hardware.main_memory() > 390 * 2**30:
+        pytest.skip("such rows fit here")
+    command = [sys.executable, str(ROOT / "train.py"), argument]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert argument.removeprefix("--") in line
+    assert "GiB on each rank" in line
+    assert not any(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is resolved
 
 
@@ -598,6 +848,17 @@ def test_tp_auto_is_the_largest_that_works_inside_a_node(on_ranks, world, local_
     on_ranks(world, local_world)
     arguments = arguments_of(SHAPE | {"train.global_batch_size": 24 * world} | changes)
     assert configs.load([*arguments, "--parallel.tp=auto"]).parallel.tp == tp
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "tp"),
+    [(8, {"global_batch_size": 64}, 1), (8, {}, 4), (16, {"micro_batch_size": 2}, 2), (8, {"micro_batch_size": 3}, 1)],
+)
+def test_on_gpus_tp_auto_is_the_smallest_that_the_batch_allows(world, changes, tp):
+    """quickstart has 16 rows, 8 at once: enough for two data-parallel ranks."""
+    config = configs.load(["--parallel.tp=1"], world=1)
+    config.train = dataclasses.replace(config.train, **changes)
+    assert configs.smallest_tp(config, world) == tp
 
 
 def test_run_dir_is_named_after_the_file_unless_it_is_set(toml):

@@ -899,11 +899,12 @@ def test_rows_are_shown_with_bos_eos_and_padding(tmp_path):
             0,
             ["of {folder}/a.jsonl alone", "documents    198,", "validation   2 rows"],
         ),
+        (["--data.dataset={folder}/a.jsonl", "--model.hidden_size=1000000000"], 0, ["documents    198,"]),
         (["--data.dataset={folder}/nope.jsonl"], 2, ["error: data.dataset='{folder}/nope.jsonl' cannot be loaded"]),
         (["--data.seqlen=4"], 2, ["error: data.seqlen: there is no such key: did you mean data.seq_len?"]),
         (["--help"], 0, ["usage: python -m corpus.look [CONFIG.toml]", "--data.val_dataset"]),
     ],
-    ids=["documents", "streaming", "no such documents", "no such key", "help"],
+    ids=["documents", "streaming", "model of another machine", "no such documents", "no such key", "help"],
 )
 def test_the_command_line_shows_the_data_or_one_message(tmp_path, arguments, status, words):
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
