@@ -90,7 +90,11 @@ WHOLE = Replicate()  # the same on every tp rank
 class ParallelConfig:
     """The mesh and what is done to each block. The data-parallel size is never configured: it is world size / tp."""
 
-    tp: Annotated[int | Literal["auto"], "tensor-parallel ranks; auto: TP inside a node, DP across", (">=", 1)] = "auto"
+    tp: Annotated[
+        int | Literal["auto"],
+        "tensor-parallel ranks; auto: on GPUs the fewest that the batch allows, on CPUs TP inside a node and DP across",
+        (">=", 1),
+    ] = "auto"
     dp_replicate: Annotated[int, "copies of the sharded model: 1 = FSDP, more = HSDP", (">=", 1)] = 1
     param_dtype: Annotated[Literal["float32", "bfloat16"], "dtype of compute and of gathered parameters"] = "float32"
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], "dtype in which gradients are summed over DP"] = "float32"

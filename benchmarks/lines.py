@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FIVE_FILES = {"model.py": 190, "parallel.py": 180, "data.py": 180, "checkpoint.py": 180, "train.py": 170}  # at most
-FIVE_TOGETHER, PRODUCT_TOGETHER = 900, 4000  # at most
+FIVE_TOGETHER, PRODUCT_TOGETHER = 900, 4700  # at most
 NO_PRODUCT = {"benchmarks", "docs", "tests"}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

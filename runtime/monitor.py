@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -176,6 +178,37 @@ class Meter:
 # Who hears of it
 
 
+class Forecast:
+    """What explain.py predicts for a run on GPUs of this name, to be said beside what is measured.
+
+    It comes from a process of its own, as it needs a process group of its own, and nobody waits for it.
+    """
+
+    def __init__(self, run_dir: Path, gpu: str, world: int, local_world: int):
+        script, config = str(Path(__file__).parent.parent / "explain.py"), str(run_dir / "config.toml")
+        sizes = [f"--world-size={world}", f"--local-world-size={local_world}"]
+        self.world, silent = world, subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            [sys.executable, script, config, *sizes, f"--gpu={gpu}", "--json"],
+            **{"stdin": silent, "stdout": subprocess.PIPE, "stderr": silent, "text": True},
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # the GPU is ours
+        )
+
+    def beside(self, line: dict[str, Any]) -> str:
+        """Once, when it is there: the prediction, and a training line's numbers. "" for a GPU that is not known."""
+        if self.process.poll() is None or self.process.stdout.closed:
+            return ""
+        said, _ = self.process.communicate()
+        form = "{tokens_per_second_per_gpu:,.0f} tokens/s per GPU and {memory_gib:.1f} GiB at most".format
+        measured = {"tokens_per_second_per_gpu": line["tokens_per_second"] / self.world}
+        measured |= {"memory_gib": line["peak_memory_gib"]}
+        return f"predicted {form(**json.loads(said))}, measured {form(**measured)}" if said else ""
+
+    def stop(self) -> None:
+        with self.process:  # closes its pipe
+            self.process.kill()
+
+
 class Monitor:
     """Lines for metrics.jsonl, the progress bar and wandb. Every rank has one; on all but rank 0 it keeps silent."""
 
@@ -190,6 +223,7 @@ class Monitor:
         first, last = run.profile_steps or (0, 0)
         self.profiled = first, min(last, total_steps), run_dir / f"trace_steps_{first}_{last}.json"
         self.profiler: torch.profiler.profile | None = None  # while it traces
+        self.run_dir, self.forecast = run_dir, None
         self.trace(step)
 
     def __enter__(self) -> "Monitor":
@@ -197,6 +231,8 @@ class Monitor:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.bar.close()
+        if self.forecast is not None:
+            self.forecast.stop()
         if self.profiler is not None:
             self.profiler.stop()
         if self.metrics is not None:
@@ -228,6 +264,11 @@ class Monitor:
             self.bar.update(line["step"] - self.bar.n)
             loss = "not finite" if line["loss"] is None else f"{line['loss']:.3f}"
             self.bar.set_postfix_str(f"loss {loss}, lr {line['lr']:.1e}, {line['tokens_per_second']:,.0f} tokens/s")
+            if self.forecast is not None and (said := self.forecast.beside(line)):
+                say(said)
+            if self.forecast is None and torch.cuda.is_available():
+                world, gpus = dist.get_world_size(), torch.cuda.device_count()
+                self.forecast = Forecast(self.run_dir, torch.cuda.get_device_name(), world, min(world, gpus))
         return "line", line
 
     def waits(self, name: str) -> None:

@@ -28,7 +28,8 @@ import explain
 import model as model_module
 import parallel
 import train
-from explain import Report
+from cost import text as cost_text
+from cost.record import Report
 from model import Llama
 
 ROOT = Path(__file__).parent.parent
@@ -86,9 +87,9 @@ def arguments_of(tmp_path_factory) -> Callable[[dict], list[str]]:
 
 def run_explain(arguments: tuple[str, ...], world: int, fork: Callable | None) -> tuple[Report, str]:
     with fork() if fork else contextlib.nullcontext():
-        report = explain.explain(explain.load(list(arguments), world, world), world)
+        report = explain.explain(explain.load(list(arguments), world, world), world, train.make_optimizer)
     assert not dist.is_initialized()
-    return report, explain.render(report)
+    return replace(report, trace=None), cost_text.render(report, explain.HOW_TO_READ)  # a trace cannot be sent
 
 
 @pytest.fixture(scope="session")
@@ -545,7 +546,7 @@ def test_recipes_fit_into_100_columns(explained, config, world, more):
     report, text = explained([str(ROOT / "configs" / f"{config}.toml"), *more], world)
     assert max(map(len, text.splitlines())) <= 100
     for name in report.weights:
-        assert explain.name_text(name) in text
+        assert cost_text.name_text(name) in text
     assert "nan" not in text
     assert len(text.splitlines()) < 150
 
@@ -558,13 +559,13 @@ def test_the_printed_numbers_are_the_reports(explained, arguments_of):
     assert ["mlp", "forward", "all-gather", "tp", "4", "4.7", "KiB", "18.8", "KiB"] in lines
     gathers = [call for call in report.collectives if (call.kind, call.axis) == ("all-gather", "tp")]
     total = sum(call.count * call.nbytes for call in gathers)
-    assert ["tp", "all-gather", str(sum(call.count for call in gathers)), *explain.size_text(total).split()] in lines
-    assert ["parameters", *explain.size_text(report.memory["parameters"]).split()] in lines
+    assert ["tp", "all-gather", str(sum(call.count for call in gathers)), *cost_text.size_text(total).split()] in lines
+    assert ["parameters", *cost_text.size_text(report.memory["parameters"]).split()] in lines
 
 
 def test_the_mesh_is_drawn_with_its_ranks():
     small = torch.arange(8).view(2, 2, 2).tolist()
-    rows = [line.split() for line in explain.mesh_text(small).splitlines()]
+    rows = [line.split() for line in cost_text.mesh_text(small).splitlines()]
     assert rows == [
         ["dp_replicate", "0", "tp", "0", "tp", "1"],
         ["dp_shard", "0", "0", "1"],
@@ -574,7 +575,7 @@ def test_the_mesh_is_drawn_with_its_ranks():
         ["dp_shard", "0", "4", "5"],
         ["dp_shard", "1", "6", "7"],
     ]
-    large = explain.mesh_text(torch.arange(16 * 64 * 16).view(16, 64, 16).tolist())
+    large = cost_text.mesh_text(torch.arange(16 * 64 * 16).view(16, 64, 16).tolist())
     assert max(map(len, large.splitlines())) <= 100
     assert len(large.splitlines()) == 9 + 3 + 9  # two sheets, and dots between
     assert large.split()[-1] == str(16 * 64 * 16 - 1)

@@ -82,7 +82,7 @@ ALLOWED = [
     ("parallel", "model"),
     ("data", "model"),
     ("checkpoint", "runtime.ranks runtime.storage"),
-    ("configs", "model parallel corpus.config checkpoint huggingface.config runtime.ranks"),
+    ("configs", "model parallel corpus.config checkpoint huggingface.config runtime.hardware runtime.ranks"),
     ("corpus.config", ""),
     ("corpus.look", "corpus corpus.* configs data model runtime.ranks"),  # a command
     ("corpus*", "corpus corpus.* data model runtime.ranks"),
@@ -96,7 +96,9 @@ ALLOWED = [
     ("huggingface.*", "huggingface.* model runtime.ranks runtime.storage"),
     ("integrations.*", "*"),
     ("train", "model parallel data checkpoint configs corpus corpus.* runtime.*"),
-    ("explain", "model parallel data checkpoint configs corpus corpus.* runtime.* train"),
+    ("cost", ""),
+    ("cost.*", "cost.* cost model parallel configs runtime.ranks"),
+    ("explain", "cost cost.* configs runtime.* train"),
     ("generate", "model parallel data checkpoint configs corpus corpus.* runtime.*"),
     ("export", "model corpus.* huggingface.* runtime.*"),
 ]

@@ -1,0 +1,61 @@
+"""How long a step takes: a roofline of what a rank runs, and of what it sends which parts stand in its way."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+from cost.hardware import Hardware
+from cost.memory import Sharding
+from cost.operations import kernels
+from cost.record import Trace
+
+
+def step(trace: Trace, sharding: Sharding, gpu: Hardware, float32: bool) -> dict[str, float]:
+    """Seconds of a step by parts; their sum is the step.
+
+    FSDP gathers the next block's weights, and sums the last one's gradients, while a block computes; what takes longer
+    than that is exposed, as are the first gather and the last sum. TP's collectives always are.
+    """
+    layers, micro_steps = trace.layers, sharding.micro_steps
+    computing: dict[tuple[str, bool], float] = defaultdict(float)  # by block, forward (False) and backward (True)
+    talking, launching = computing.copy(), computing.copy()
+    for kernel in kernels(trace.tape):
+        key = kernel.owner, kernel.phase != "forward"
+        launching[key] += gpu.launch
+        if kernel.kind == "collective":
+            kind, axis, nbytes = kernel.collective
+            talking[key] += gpu.collective(kind, nbytes, sharding.tp, sharding.in_node(axis))
+        else:
+            computing[key] += gpu.seconds(kernel, float32)
+    together = max if gpu.asynchronous else lambda *parts: sum(parts)
+    busy = {key: together(computing[key] + talking[key], launching[key]) for key in launching.copy()}
+
+    def fsdp(kind: str, axis: str, ratio: float) -> dict[str, float]:
+        """For each block, and the rest."""
+        ranks, near = getattr(sharding, axis), sharding.in_node(axis)
+        return {name: gpu.collective(kind, round(ratio * size), ranks, near) for name, size in trace.gathered.items()}
+
+    ratio = sharding.reduce_ratio
+    gather, scatter = fsdp("all-gather", "dp_shard", 1), fsdp("reduce-scatter", "dp_shard", ratio)
+    reduce = fsdp("all-reduce", "dp_replicate", ratio / sharding.dp_shard)
+
+    def waiting(sums: dict[str, float]) -> float:
+        """For FSDP in a micro-step."""
+        again = gather if sharding.reshard else dict.fromkeys(gather, 0.0)
+        beside = [(busy[layer, False], gather[then]) for layer, then in pairwise(layers)]
+        beside += [(busy[layers[0], True], sums[layers[1]])] if len(layers) > 1 else []
+        for index in range(1, len(layers)):
+            after = sums[layers[index + 1]] if index + 1 < len(layers) else 0.0
+            beside.append((busy[layers[index], True], again[layers[index - 1]] + after))
+        hidden = sum(min(own, sent) for own, sent in beside) if gpu.asynchronous else 0.0
+        ends = gather[""] + gather[layers[0]] + sums[layers[0]] + sums[""]
+        return ends + sum(sent for _, sent in beside) - hidden
+
+    # over replicas gradients are summed in the last micro-step only
+    exposed = waiting({name: scatter[name] + reduce[name] for name in scatter}) + (micro_steps - 1) * waiting(scatter)
+    keys = [(name, backward) for name in ("", *layers) for backward in (False, True)]
+    work, talk, launch = (micro_steps * sum(part[key] for key in keys) for part in (computing, talking, busy))
+    # the norm reads gradients, clipping reads and writes them; AdamW reads them, and changes weights and two moments
+    update = 4 * trace.numbers(sharding.dp_shard) * (1 + 2 + 1 + 6) / (gpu.bandwidth * gpu.streaming)
+    ranks = sharding.dp_replicate * sharding.dp_shard * sharding.tp
+    rest = gpu.collective("all-reduce", 24, ranks, sharding.local_world) + launch - work - talk
+    return {"compute": work, "exposed TP": talk, "exposed FSDP": exposed, "optimizer": update, "rest": rest}
