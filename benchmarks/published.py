@@ -1,8 +1,8 @@
 """What others have published beside what explain.py predicts for it: `python benchmarks/published.py`.
 
 Each row is our model, plan and step in the shape of theirs. Where their code keeps or sends something else, the row
-says so, and that part of ours is replaced for it by theirs (`whole_loss` and so on, below); what is left are differences
-that no row can name, such as another RoPE. All rows of a kind of GPU share the constants of cost/hardware.toml.
+says so, and that part of ours is replaced for it by theirs (`whole_loss` and so on, below). What is left are
+differences that no row can name, such as another RoPE. All rows of a kind of GPU share cost/hardware.toml's constants.
 """
 
 import contextlib
@@ -209,8 +209,8 @@ ROWS = [
     a100("2 70B", 4096, 1, "selective", 355, norms_in_pieces, every_second_product),
     a100("2 70B", 4096, 2, "full", 353, norms_in_pieces),
 ]
-# Parameters and moments in bfloat16, another plan for TP, all logits on each rank, gradients summed once a step; and
-# where the whole model is compiled, more FLOP/s than checkpointing of all blocks would leave room for: good for an order
+# Parameters and moments in bfloat16, another plan for TP, all logits on each rank, gradients summed once a step. And
+# where the whole model is compiled, more FLOP/s than full checkpointing leaves room for. Only the order is to be trusted
 OTHERS = [
     kempner("3 8B", 1, 1, 2, 4, 10471),
     kempner("3 8B", 2, 1, 2, 4, 9364),

@@ -16,7 +16,7 @@ class Hardware:
     """A row of hardware.toml, which says what each number is and where it comes from."""
 
     name: str
-    names: tuple[str, ...]
+    names: list[str]
     flops: float
     float32_flops: float
     bandwidth: float
@@ -25,14 +25,14 @@ class Hardware:
     node_link: float
     matmul: float
     efficiency: float
-    attention: tuple[float, float]
+    attention: list[float]
     units: int
-    half_depth: float = 150
-    streaming: float = 0.85
-    launch: float = 8e-6
-    latency: float = 15e-6
-    hop: float = 1.5e-6
-    rounds: dict[str, int] = field(default_factory=lambda: {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2})
+    half_depth: float
+    streaming: float
+    launch: float
+    latency: float
+    hop: float
+    rounds: dict[str, float] = field(default_factory=lambda: {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2})
     asynchronous: bool = True  # a GPU's; on a CPU kernels, their launch and collectives come one after the other
 
     def seconds(self, kernel: Operation, float32: bool = False) -> float:
@@ -63,15 +63,15 @@ class Hardware:
 
 def known() -> dict[str, Hardware]:
     """By name."""
-    rows = tomllib.loads(TABLE.read_text(encoding="utf-8")).items()
-    lists = ("names", "attention")
-    return {name: Hardware(name, **{k: tuple(v) if k in lists else v for k, v in row.items()}) for name, row in rows}
+    rows = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    for_all = rows.pop("all")
+    return {name: Hardware(name, **(for_all | row)) for name, row in rows.items()}
 
 
 def named(name: str, node_link_gbps: float | None = None) -> Hardware:
     """By a row's name, or as torch says it; UserError lists the rows. `node_link_gbps` is a card's, in 10^9 bits/s."""
     rows = known()
-    said = [row for row in rows.values() if all(part.lower() in name.lower() for part in row.names)]
+    said = [row for row in rows.values() if row.names and all(part.lower() in name.lower() for part in row.names)]
     found = rows.get(name.lower()) or next(iter(said), None)
     if found is None:
         raise UserError(f"--gpu={name}: known are {', '.join(rows)}; add yours as a row of cost/hardware.toml")
