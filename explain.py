@@ -30,9 +30,9 @@ How to read it:
   memory        of parameters on rank 0, and no rank has more. What FSDP gathers comes on top: one
                 block and the rest at once, all blocks without reshard_after_forward. While a block
                 computes, the next one may be on its way.
-  step, peak    with --gpu. Exposed is what compute waits for; rest is what the host takes to launch
-                kernels, beyond what they take. The peak is the allocator's, at the worst moment of a
-                step: activations are what backward will need, "at work" what lives only meanwhile
+  step, peak    with --gpu. Exposed: what compute waits for. Rest: what the host takes to launch
+                kernels, beyond what they take. The peak is the allocator's at a step's worst
+                moment; activations: what backward will need; at work: what lives only meanwhile
 """
 
 import argparse
@@ -50,7 +50,7 @@ from runtime.ranks import UserError
 HOW_TO_READ = __doc__.partition("How to read it:\n\n")[2]
 
 
-def load(arguments: list[str], world: int, local_world: int) -> Config:
+def load(arguments: list[str], world: int, local_world: int, on_gpus: bool = False) -> Config:
     """The checked configuration for `world` ranks, `local_world` on each node, whatever there is here.
 
     UserError names what is wrong.
@@ -60,7 +60,7 @@ def load(arguments: list[str], world: int, local_world: int) -> Config:
             f"--world-size={world} with --local-world-size={local_world}: both must be positive integers, and the "
             "first a multiple of the second"
         )
-    config = configs.load(arguments, world, local_world)
+    config = configs.load(arguments, world, local_world, on_gpus)
     if config.model.vocab_size == 0 and config.data.tokenizer != "train":
         raise UserError(
             f"model.vocab_size=0 waits for the tokenizer {config.data.tokenizer}, which is not loaded here: "
@@ -91,7 +91,7 @@ def main() -> None:
         if options.node_link_gbps is not None and not options.node_link_gbps > 0:
             raise UserError(f"--node-link-gbps={options.node_link_gbps:g}: must be above 0")
         gpu = hardware.named(options.gpu, options.node_link_gbps) if options.gpu else None
-        config = load(arguments, world, local_world)
+        config = load(arguments, world, local_world, gpu is not None)
         if options.choose:
             fitting, faster = choose(config, world, local_world, gpu, train.make_optimizer)
     except UserError as error:

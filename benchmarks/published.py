@@ -210,7 +210,7 @@ ROWS = [
     a100("2 70B", 4096, 2, "full", 353, norms_in_pieces),
 ]
 # Parameters and moments in bfloat16, another plan for TP, all logits on each rank, gradients summed once a step. And
-# where the whole model is compiled, more FLOP/s than full checkpointing leaves room for. Only the order is to be trusted
+# where the whole model is compiled, more FLOP/s than full checkpointing leaves room for. Only their order counts
 OTHERS = [
     kempner("3 8B", 1, 1, 2, 4, 10471),
     kempner("3 8B", 2, 1, 2, 4, 9364),

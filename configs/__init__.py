@@ -282,16 +282,19 @@ def recorded(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def load(arguments: list[str], world: int | None = None, local_world: int | None = None) -> Config:
+def load(
+    arguments: list[str], world: int | None = None, local_world: int | None = None, on_gpus: bool = False
+) -> Config:
     """The checked and resolved configuration; ConfigError names everything that is wrong, at once.
 
     Resolved are `run.dir`, `parallel.tp`, `model.head_dim` and `model.max_position_embeddings`; `model.vocab_size` = 0
     waits for the tokenizer and `train.steps` = 0 for the data (see `settle`).
 
     It is for the ranks that torchrun has started, and then this node's GPUs and memory have a say; or for `world`
-    ranks, of which `local_world` share a node, wherever those are.
+    ranks, of which `local_world` share a node, wherever those are, on GPUs or not.
     """
     is_here = world is None
+    on_gpus = torch.cuda.is_available() if is_here else on_gpus
     if world is None:
         world, local_world = ranks.world_size(), local_world or ranks.local_world_size()
     local_world = local_world or world
@@ -306,15 +309,15 @@ def load(arguments: list[str], world: int | None = None, local_world: int | None
     config = Config(**{section: schema(**sections[section]) for section, schema in SECTIONS.items()})
     config.model.max_position_embeddings = config.model.max_position_embeddings or config.data.seq_len
     config.run.dir = run_dir(good, path)
-    tp, on_gpus = config.parallel.tp, is_here and torch.cuda.is_available()
+    tp = config.parallel.tp
     if tp == "auto":
-        tp = smallest_tp(config, world) if on_gpus else largest_tp(config, world, local_world)
+        tp = smallest_tp(config, world, local_world) if on_gpus else largest_tp(config, world, local_world)
     config.parallel.tp = tp
     broken = [*model_rules(config, good)]
     if is_here and not broken:  # else there may be no such model
         broken += memory_rules(config, world, local_world)
     broken += [*data_rules(config), *run_rules(config)]
-    if on_gpus:
+    if is_here and on_gpus:
         broken += gpu_rules(config, local_world)
     broken += (wrong_mesh := mesh_errors(config, tp, world))
     bad = (values.keys() & HINTS.keys()) - good.keys()
@@ -558,12 +561,13 @@ def divided_by_tp(config: Config) -> dict[str, int]:
     }
 
 
-def smallest_tp(config: Config, world: int) -> int:
-    """What "auto" stands for on GPUs: the smallest that passes every rule; whether it fits, explain.py --gpu=... says.
+def smallest_tp(config: Config, world: int, local_world: int) -> int:
+    """What "auto" stands for on GPUs: the smallest divisor of a node's that passes every rule.
 
-    TP's collectives stand in the way of compute, FSDP's run beside it (docs/mesh.md).
+    TP's collectives stand in the way of compute, FSDP's run beside it (docs/mesh.md). Whether it fits, `explain.py
+    --gpu=...` says.
     """
-    works = (tp for tp in divisors(world) if not mesh_errors(config, tp, world))
+    works = (tp for tp in divisors(local_world) if not mesh_errors(config, tp, world))
     return next((tp for tp in works if not batch_errors(config.train, world // tp)), 1)
 
 

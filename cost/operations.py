@@ -140,10 +140,16 @@ def in_memory(tape: Tape) -> tuple[set[int], list[dict[int, int]]]:
         solid.update(n for n in operation.reads if not operation.fused or owners.get(n) != operation.owner)
         solid.update(n for n in operation.writes if not operation.fused or n in owners)
         owners |= dict.fromkeys([*operation.reads, *operation.writes], operation.owner)
+    useful, dead = set(solid), set()  # what nobody will read the compiler does not compute
+    for index, operation in reversed(list(enumerate(tape.operations))):
+        if operation.fused and not useful.intersection(operation.writes):
+            dead.add(index)
+        else:
+            useful.update(operation.reads)
     sources, needs = {}, []
-    for operation in tape.operations:
+    for index, operation in enumerate(tape.operations):
         need: dict[int, int] = {}
-        for number, nbytes in operation.reads.items():
+        for number, nbytes in operation.reads.items() if index not in dead else ():
             need |= {number: nbytes} if number in solid else sources.get(number, {number: nbytes})
         needs.append(need)
         sources |= {number: need for number in operation.writes if number not in solid}

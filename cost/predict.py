@@ -14,7 +14,7 @@ HELP = {  # what would help against a part of a step that is large
     "exposed FSDP": "FSDP's collectives take longer than what runs beside them: more rows at once, or dp_replicate",
     "rest": "the host launches kernels more slowly than they run: compile, or more rows at once",
     "optimizer": "the update is large for so few tokens: a larger global_batch_size",
-    "compute": "kernels are the bound: recompute less, where memory allows it, and compile",
+    "compute": "kernels are the bound: less checkpointing, if it fits, would help, and compile, if it is off",
 }
 
 

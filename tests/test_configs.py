@@ -858,7 +858,7 @@ def test_on_gpus_tp_auto_is_the_smallest_that_the_batch_allows(world, changes, t
     """quickstart has 16 rows, 8 at once: enough for two data-parallel ranks."""
     config = configs.load(["--parallel.tp=1"], world=1)
     config.train = dataclasses.replace(config.train, **changes)
-    assert configs.smallest_tp(config, world) == tp
+    assert configs.smallest_tp(config, world, 8) == tp
 
 
 def test_run_dir_is_named_after_the_file_unless_it_is_set(toml):

@@ -147,8 +147,6 @@ TP2, KEEP = {"parallel.tp": 2}, {"parallel.reshard_after_forward": False}
 ONE_MICRO_STEP = {"train.global_batch_size": 4}
 MEMORY_CASES = {
     "one rank": (1, {}),
-    "one rank, selective": (1, SELECTIVE),
-    "dp2": (2, {}),
     "dp2, full, one micro-step": (2, FULL | ONE_MICRO_STEP),
     "dp2, reshard off": (2, KEEP),
     "hsdp 2 x 2": (4, {"parallel.dp_replicate": 2}),
