@@ -543,7 +543,8 @@ def batch_errors(train: TrainConfig, dp: int) -> list[str]:
 
 
 def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

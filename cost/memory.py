@@ -72,9 +72,7 @@ def peak(trace: Trace, sharding: Sharding, state: dict[str, int]) -> dict[str, i
         pass_by(first, last + 1, weights(index) + buffer(index))
     done = gathered[""] if sharding.reshard else weights(len(layers) - 1)
     pass_by(forward_ends, backward_starts, done + buffer(len(layers) - 1))
-    sent = (
-        0.0  # the gradients that are on their way, as the reduce-scatter was given them: kept until the next ones are
-    )
+    sent = 0.0  # the gradients on their way, as the reduce-scatter was given them: kept until the next ones are there
     for index in reversed(range(len(layers))):
         first, last = parts[layers[index], True]
         pass_by(first, last + 1, weights(index) + sent + (buffer(index - 1) if sharding.reshard else 0))

@@ -861,6 +861,12 @@ def test_on_gpus_tp_auto_is_the_smallest_that_the_batch_allows(world, changes, t
     assert configs.smallest_tp(config, world, 8) == tp
 
 
+def test_divisors_come_in_order_and_of_large_numbers_too():
+    assert [configs.divisors(n) for n in (1, 7, 12, 16)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16]]
+    (error,) = errors_of("--train.global_batch_size=1000000000000", "--train.micro_batch_size=7")
+    assert error.startswith("train.global_batch_size=1000000000000 is not divisible by train.micro_batch_size=7")
+
+
 def test_run_dir_is_named_after_the_file_unless_it_is_set(toml):
     assert configs.load([toml(name="my.run.toml")]).run.dir == "runs/my.run"
     assert configs.load([toml('[run]\ndir = "elsewhere"\n')]).run.dir == "elsewhere"
