@@ -5,7 +5,8 @@
     python explain.py ... --gpu=h100 --choose [--json]                    and which mesh is the fastest that fits
 
 The arguments are train.py's; without CONFIG it is configs/quickstart.toml. --world-size is the number of ranks (8),
---local-world-size that of one node (all; with --gpu 8). It needs no GPU, no data and no other process, at any size.
+--local-world-size that of one node (all; with --gpu 8). It needs no GPU, no data and no other process. --choose sets
+mesh, micro-batch, checkpointing and resharding itself.
 --gpu is a row of cost/hardware.toml; how good its predictions are, `python benchmarks/published.py` prints.
 
 Nothing here is a second copy of the plan. The real model, with one block of each kind, goes through
@@ -36,6 +37,7 @@ How to read it:
 """
 
 import argparse
+import contextlib
 import json
 
 import configs
@@ -69,6 +71,18 @@ def load(arguments: list[str], world: int, local_world: int, on_gpus: bool = Fal
     return config if config.model.vocab_size else configs.settle(config, config.data.tokenizer_vocab_size, None)
 
 
+def any_mesh(arguments: list[str], world: int, local_world: int, on_gpus: bool) -> Config:
+    """The configuration with a mesh and a micro-batch that are allowed, whatever it says of them: for --choose.
+
+    UserError is that of its own.
+    """
+    for tp in configs.divisors(max(1, local_world)):
+        with contextlib.suppress(UserError):
+            own = ["--parallel.dp_replicate=1", "--train.micro_batch_size=1", f"--parallel.tp={tp}"]
+            return load([*arguments, *own], world, local_world, on_gpus)
+    return load(arguments, world, local_world, on_gpus)
+
+
 def main() -> None:
     """Exit status 2, with one message on standard error, where the input is wrong or --choose finds nothing."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -84,14 +98,14 @@ def main() -> None:
     options, arguments = parser.parse_known_args()
     world, local_world = options.world_size, options.local_world_size
     if local_world is None:
-        local_world = min(world, 8) if options.gpu else world
+        local_world = world if options.gpu is None else min(world, 8)
     try:
-        if not options.gpu and (options.choose or options.json or options.node_link_gbps is not None):
+        if options.gpu is None and (options.choose or options.json or options.node_link_gbps is not None):
             raise UserError("--choose, --json and --node-link-gbps go with --gpu=NAME: see cost/hardware.toml")
         if options.node_link_gbps is not None and not options.node_link_gbps > 0:
             raise UserError(f"--node-link-gbps={options.node_link_gbps:g}: must be above 0")
-        gpu = hardware.named(options.gpu, options.node_link_gbps) if options.gpu else None
-        config = load(arguments, world, local_world, gpu is not None)
+        gpu = None if options.gpu is None else hardware.named(options.gpu, options.node_link_gbps)
+        config = (any_mesh if options.choose else load)(arguments, world, local_world, gpu is not None)
         if options.choose:
             fitting, faster = choose(config, world, local_world, gpu, train.make_optimizer)
     except UserError as error:

@@ -58,7 +58,8 @@ class Hardware:
         if ranks == 1:
             return 0.0
         bandwidth = self.link if ranks <= in_node else min(self.link, in_node * self.node_link)
-        return self.latency + self.rounds[kind] * ((ranks - 1) * self.hop + nbytes * (ranks - 1) / ranks / bandwidth)
+        hops = 2 * math.log2(ranks) if kind == "all-reduce" else ranks - 1  # a tree, where it is small, or a ring
+        return self.latency + hops * self.hop + self.rounds[kind] * nbytes * (ranks - 1) / ranks / bandwidth
 
 
 def known() -> dict[str, Hardware]:

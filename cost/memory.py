@@ -16,6 +16,7 @@ class Sharding:
     local_world: int
     reshard: bool  # after forward
     micro_steps: int
+    sums_once: bool  # over replicas in a step, not in each micro-step
     reduce_ratio: float  # bytes of a gradient on its way, as a share of those of a gathered parameter
 
     def in_node(self, axis: str) -> int:
@@ -64,7 +65,7 @@ def peak(trace: Trace, sharding: Sharding, state: dict[str, int]) -> dict[str, i
 
     def buffer(index: int) -> int:
         """In which a layer's weights come: in forward it is kept until the next layer's have come in theirs."""
-        return gathered[layers[index]] if sharding.dp_shard > 1 and index >= 0 else 0
+        return round(trace.sent(sharding.dp_shard, layers[index])) if sharding.dp_shard > 1 and index >= 0 else 0
 
     pass_by(0, min(first for first, _ in parts.values()), gathered[""])
     for index, name in enumerate(layers):

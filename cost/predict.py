@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import parallel
 from cost import memory, time
 from cost.hardware import Hardware
 from cost.record import Report
@@ -50,7 +51,8 @@ class Prediction:
                 f"it is {most}; --choose finds what fits."
             )
         share = {part: self.seconds[part] / self.step_seconds for part in HELP}
-        part = next((part for part in HELP if share[part] > 0.15), "compute")
+        part = max(HELP.keys() - {"compute"}, key=share.__getitem__)
+        part = part if share[part] > 0.15 else "compute"
         return f"{share[part]:.0%} of the step is {part}: {HELP[part]}."
 
     def as_json(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ def predict(
         local_world,
         plan.reshard_after_forward if reshard is None else reshard,
         report.micro_steps,
+        parallel.sums_once(plan),
         WIDTHS[plan.reduce_dtype] / WIDTHS[plan.param_dtype],
     )
     seconds = time.step(trace, sharding, gpu, plan.param_dtype == "float32")

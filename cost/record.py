@@ -59,8 +59,12 @@ class Trace:
 
     def numbers(self, dp_shard: int, name: str | None = None) -> int:
         """How many numbers of a block's parameters, or of all, rank 0 keeps: FSDP cuts dim 0, and rounds up."""
-        shapes = [shape for each in ([name] if name else ["", *self.layers]) for shape in self.shapes[each]]
+        shapes = [shape for each in (["", *self.layers] if name is None else [name]) for shape in self.shapes[each]]
         return sum(math.ceil(shape[0] / dp_shard) * math.prod(shape[1:]) for shape in shapes)
+
+    def sent(self, dp_shard: int, name: str) -> float:
+        """Bytes of an all-gather: slices are as large as rank 0's, so there may be more than FSDP gathers."""
+        return self.gathered[name] * dp_shard * self.numbers(dp_shard, name) / self.numbers(1, name)
 
 
 @dataclass
@@ -108,7 +112,7 @@ class Recorder(Tape):
         self.axes = {mesh.get_group(axis).group_name: axis for axis in mesh.mesh_dim_names}
         self.calls, self.activations, self.gathered = Counter(), {}, {}
         self.layouts = WeakIdKeyDictionary()  # tensors that are not kept alive: the tape sees when they end
-        self.stack, self.spans, self.temporary = [], [], 0.0
+        self.stack, self.spans, self.temporary, self.on_gpu = [], [], 0.0, on_gpu
         kernels = nn.RMSNorm if on_gpu and self.norms_are_kernels else ()
         self.one_kernel = {name for name, module in model.named_modules() if isinstance(module, kernels)}
         for name, module in model.named_modules():
@@ -228,7 +232,8 @@ def record(config: Config, recorder: Recorder, kinds: dict[str, list[int]], make
         model.to_empty(device="cpu")
         model.init_weights(config.train.seed, parallel.place_shard)
         rows = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64)
-        positions = [rows] if config.data.document_mask else []
+        # FlexAttention, on a GPU, makes no (T, T) masks
+        positions = [rows] if config.data.document_mask and not recorder.on_gpu else []
         with recorder, parallel.loss_context(recorder.mesh):
             loss = model(rows, rows, *positions)
             recorder.phase = "backward"
