@@ -106,7 +106,7 @@ def main() -> None:
             raise UserError(f"--node-link-gbps={options.node_link_gbps:g}: must be above 0")
         gpu = None if options.gpu is None else hardware.named(options.gpu, options.node_link_gbps)
         config = (any_mesh if options.choose else load)(arguments, world, local_world, gpu is not None)
-        if options.choose:
+        if gpu and options.choose:
             fitting, faster = choose(config, world, local_world, gpu, train.make_optimizer)
     except UserError as error:
         parser.error(str(error))
@@ -119,7 +119,7 @@ def main() -> None:
         return
     report = explain(config, world, train.make_optimizer, gpu.memory_gib if gpu else 0)
     made = predict(report, gpu, local_world) if gpu else None
-    if options.json:
+    if made and options.json:
         print(json.dumps(made.as_json()))
     else:
         print(text.render(report, HOW_TO_READ), end="")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import configs
 from configs import Config
@@ -12,7 +12,8 @@ from cost.predict import Prediction, predict
 from cost.record import explain
 from runtime.ranks import UserError
 
-CHECKPOINTING = ("none", "selective", "full")
+Kept = Literal["none", "selective", "full"]
+CHECKPOINTING: tuple[Kept, ...] = ("none", "selective", "full")
 KEYS = ["parallel.tp", "parallel.dp_replicate", "train.micro_batch_size", "parallel.activation_checkpointing"]
 KEYS = [*KEYS, "parallel.reshard_after_forward"]
 
@@ -37,7 +38,7 @@ class Choice:
         return dict(zip(KEYS, self.key, strict=True)) | {"arguments": self.arguments()} | self.prediction.as_json()
 
 
-def with_values(config: Config, tp: int, micro_batch: int, kept: str) -> Config:
+def with_values(config: Config, tp: int, micro_batch: int, kept: Kept) -> Config:
     parallel = replace(
         config.parallel, tp=tp, dp_replicate=1, activation_checkpointing=kept, reshard_after_forward=True
     )

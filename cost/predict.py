@@ -71,11 +71,12 @@ def predict(
 ) -> Prediction:
     """What `report` costs on such GPUs, `local_world` in each node; with FSDP as in it, unless it is said here."""
     config, plan, trace = report.config, report.config.parallel, report.trace
-    dp, replicas = len(report.ranks) * len(report.ranks[0]), dp_replicate or plan.dp_replicate
+    dp, tp = len(report.ranks) * len(report.ranks[0]), len(report.ranks[0][0])
+    replicas = dp_replicate or plan.dp_replicate
     sharding = memory.Sharding(
         replicas,
         dp // replicas,
-        plan.tp,
+        tp,
         local_world,
         plan.reshard_after_forward if reshard is None else reshard,
         report.micro_steps,
@@ -86,6 +87,6 @@ def predict(
     # the optimizer keeps as many bytes for each parameter, however they are cut
     cut = trace.numbers(sharding.dp_shard) / trace.numbers(len(report.ranks[0]))
     state = {key: round(report.memory[key] * cut) for key in ("parameters", "gradients", "optimizer state")}
-    tokens = config.train.global_batch_size * config.data.seq_len / sum(seconds.values()) / (dp * plan.tp)
+    tokens = config.train.global_batch_size * config.data.seq_len / sum(seconds.values()) / (dp * tp)
     mfu = tokens * report.flops_per_token / gpu.flops
     return Prediction(gpu, seconds, memory.peak(trace, sharding, state), tokens, mfu)

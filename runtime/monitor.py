@@ -187,17 +187,21 @@ class Forecast:
     def __init__(self, run_dir: Path, gpu: str, world: int, local_world: int):
         script, config = str(Path(__file__).parent.parent / "explain.py"), str(run_dir / "config.toml")
         sizes = [f"--world-size={world}", f"--local-world-size={local_world}"]
-        self.world, silent = world, subprocess.DEVNULL
+        self.world, self.said, silent = world, False, subprocess.DEVNULL
         self.process = subprocess.Popen(
             [sys.executable, script, config, *sizes, f"--gpu={gpu}", "--json"],
-            **{"stdin": silent, "stdout": subprocess.PIPE, "stderr": silent, "text": True},
+            stdin=silent,
+            stdout=subprocess.PIPE,
+            stderr=silent,
+            text=True,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # the GPU is ours
         )
 
     def beside(self, line: dict[str, Any]) -> str:
         """Once, when it is there: the prediction, and a training line's numbers. "" for a GPU that is not known."""
-        if self.process.poll() is None or self.process.stdout.closed:
+        if self.said or self.process.poll() is None:
             return ""
+        self.said = True
         said, _ = self.process.communicate()
         form = "{tokens_per_second_per_gpu:,.0f} tokens/s per GPU and {memory_gib:.1f} GiB at most".format
         measured = {"tokens_per_second_per_gpu": line["tokens_per_second"] / self.world}
@@ -223,7 +227,8 @@ class Monitor:
         first, last = run.profile_steps or (0, 0)
         self.profiled = first, min(last, total_steps), run_dir / f"trace_steps_{first}_{last}.json"
         self.profiler: torch.profiler.profile | None = None  # while it traces
-        self.run_dir, self.forecast = run_dir, None
+        self.run_dir = run_dir
+        self.forecast: Forecast | None = None
         self.trace(step)
 
     def __enter__(self) -> "Monitor":
