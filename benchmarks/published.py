@@ -91,7 +91,6 @@ def gather_for_each_product():
 TITAN = "torchtitan benchmarks/llama3_h100_202412_torchtitan.md"
 ASYNC = "torchtitan benchmarks/asyncTP_llama3_h100_2025-06_torchtitan.md"
 AGE_OF_A100 = "torchtitan docs/performance.md of 2024 (removed since)"
-TORCHAO = "torchao docs/source/workflows/training.md"
 FMS = "foundation-model-stack/fms-fsdp README.md"
 FMS_EAGER = "the same, March 2024"
 KEMPNER = "KempnerInstitute/KempnerForge benchmarks/mfu_scaling/mfu_scaling.md"
@@ -159,10 +158,8 @@ def a100(model: str, seq_len: int, rows: int, kept: str, tokens: float, *swaps: 
 def fms(model: str, gpu: str, kept: str, compiled: bool, tokens: float) -> Row:
     """Its README says neither how many blocks are computed again, here half of them, nor whose the Gb/s are."""
     gpus, gbps, source = 96 if gpu == "h100" else 128, 100 if gpu == "h100" else 50, FMS if compiled else FMS_EAGER
-    replicas, swaps = (
-        gpus // 8 if model == "2 7B" else 1,
-        (whole_loss, norms_in_pieces) + (every_second_block,) * (kept == "selective"),
-    )
+    replicas = gpus // 8 if model == "2 7B" else 1
+    swaps = (whole_loss, norms_in_pieces) + (every_second_block,) * (kept == "selective")
     row = Row(source, model, gpu, gpus, 4096, 2, kept, compiled, tokens, dp_replicate=replicas, swaps=swaps)
     row.reduce_dtype, row.node_gbps = "bfloat16", gbps
     return row

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import parallel
 from cost import memory, time
 from cost.hardware import Hardware
 from cost.record import Report
 
 USABLE = 0.9  # of a GPU's memory; CUDA's context, NCCL's buffers and the allocator's gaps take the rest
-WIDTHS = {"float32": 4, "bfloat16": 2}
 HELP = {  # what would help against a part of a step that is large
     "exposed TP": "TP's collectives stand in the way: a smaller tp, if it fits (fewer rows, more checkpointing)",
     "exposed FSDP": "FSDP's collectives take longer than what runs beside them: more rows at once, or dp_replicate",
@@ -81,7 +82,7 @@ def predict(
         plan.reshard_after_forward if reshard is None else reshard,
         report.micro_steps,
         parallel.sums_once(plan),
-        WIDTHS[plan.reduce_dtype] / WIDTHS[plan.param_dtype],
+        getattr(torch, plan.reduce_dtype).itemsize / getattr(torch, plan.param_dtype).itemsize,
     )
     seconds = time.step(trace, sharding, gpu, plan.param_dtype == "float32")
     # the optimizer keeps as many bytes for each parameter, however they are cut

@@ -38,7 +38,7 @@ def step(trace: Trace, sharding: Sharding, gpu: Hardware, float32: bool) -> dict
         computing[name, False] += gathering / (gpu.bandwidth * gpu.streaming)
         computing[name, True] += (gathering * (again and name != "") + summing) / (gpu.bandwidth * gpu.streaming)
     together = max if gpu.asynchronous else lambda *parts: sum(parts)
-    busy = {key: together(computing[key] + talking[key], launching[key]) for key in launching.copy()}
+    busy = {key: together(computing[key] + talking[key], launching[key]) for key in launching}
 
     def fsdp(kind: str, axis: str, ratio: float) -> dict[str, float]:
         """For each block, and the rest."""

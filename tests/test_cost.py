@@ -5,8 +5,6 @@ import math
 import multiprocessing
 import re
 import statistics
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from test_explain import command_line
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -355,13 +354,8 @@ def test_mfu_is_measured_and_predicted_against_the_same_peak():
 # The command
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-W", "error", str(ROOT / "explain.py"), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_json_is_one_object_and_what_does_not_fit_is_still_predicted():
-    done = command("configs/llama3_8b.toml", "--world-size=8", "--gpu=A100-40", "--json", "--parallel.tp=1")
+    done = command_line("configs/llama3_8b.toml", "--world-size=8", "--gpu=A100-40", "--json", "--parallel.tp=1")
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
     assert said["fits"] is False
@@ -374,7 +368,7 @@ def test_json_is_one_object_and_what_does_not_fit_is_still_predicted():
 
 
 def test_the_report_ends_with_the_prediction():
-    done = command("--world-size=2", "--gpu=h100", "--parallel.tp=2")
+    done = command_line("--world-size=2", "--gpu=h100", "--parallel.tp=2")
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 100
     *_, last = done.stdout.split("\n\n")
@@ -388,7 +382,7 @@ SMALL += ["--model.intermediate_size=4096", "--data.seq_len=2048"]
 
 
 def test_choices_are_ordered_fit_and_can_be_pasted():
-    done = command(*SMALL, "--choose", "--json")
+    done = command_line(*SMALL, "--choose", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     said = json.loads(done.stdout)
     choices = said["choices"]
@@ -400,11 +394,11 @@ def test_choices_are_ordered_fit_and_can_be_pasted():
     )
     assert {each["parallel.tp"] for each in choices} == {1, 2}
     best = choices[0]
-    pasted = json.loads(command(*SMALL, *best["arguments"].split(), "--json").stdout)
+    pasted = json.loads(command_line(*SMALL, *best["arguments"].split(), "--json").stdout)
     assert pasted["step_seconds"] == pytest.approx(best["step_seconds"], rel=0.01)
     assert pasted["memory_gib"] == pytest.approx(best["memory_gib"], rel=0.01)
     assert best["arguments"].split() == [f"--{key}={str(best[key]).lower()}" for key in KEYS]
-    shown = command(*SMALL, "--choose").stdout
+    shown = command_line(*SMALL, "--choose").stdout
     assert best["arguments"] in shown
 
 
@@ -421,27 +415,6 @@ def test_what_is_faster_but_does_not_fit_is_named_and_nothing_is_an_error(elsewh
     assert faster.prediction.step_seconds < fitting[0].prediction.step_seconds
     with pytest.raises(ValueError, match=r"nothing fits 4 x h100: the least is .* GiB with --parallel.tp="):
         elsewhere(chosen, arguments, 0.001)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gpu=abacus"], "--gpu=abacus: known are a100-80, "),
-        (["--json"], "--gpu=NAME"),
-        (["--choose"], "--gpu=NAME"),
-        (["--gpu=h100", "--node-link-gbps=0"], "--node-link-gbps=0"),
-        (["--gpu=h100", "--world-size=12"], "--world-size=12 with --local-world-size=8"),
-        (["--gpu=h100", "--choose", "--model.hiden_size=64"], "did you mean model.hidden_size?"),
-    ],
-)
-def test_bad_input_gets_one_message_and_status_2(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["explain.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        explain.main()
-    printed = capsys.readouterr()
-    assert (stopped.value.code, printed.out, printed.err.count("error: ")) == (2, "", 1)
-    assert message in printed.err
-    assert not dist.is_initialized()
 
 
 def test_a_run_says_what_was_predicted_beside_what_it_measures(tmp_path):

@@ -606,6 +606,12 @@ def test_the_command_prints_the_report_and_nothing_else():
         (["--world-size=2", "--model.hiden_size=64"], "did you mean model.hidden_size?"),
         (["nowhere.toml"], "nowhere.toml: cannot be read"),
         (["--world-size=2", "--data.tokenizer=some/where"], "--model.vocab_size="),
+        (["--gpu=abacus"], "--gpu=abacus: known are a100-80, "),
+        (["--json"], "--gpu=NAME"),
+        (["--choose"], "--gpu=NAME"),
+        (["--gpu=h100", "--node-link-gbps=0"], "--node-link-gbps=0"),
+        (["--gpu=h100", "--world-size=12"], "--world-size=12 with --local-world-size=8"),
+        (["--gpu=h100", "--choose", "--model.hiden_size=64"], "did you mean model.hidden_size?"),
     ],
 )
 def test_bad_input_gets_one_message_and_status_2(monkeypatch, capsys, arguments, message):
