@@ -1,5 +1,6 @@
 """Which mesh, micro-batch and checkpointing: everything that is allowed is predicted, and the fastest come first."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -62,11 +63,11 @@ def candidates(
             while kinds and not fits:
                 asked = with_values(config, tp, micro_batch, kinds[0])
                 report = explain(asked, world, make_optimizer, hardware.memory_gib, quick=True)
-                made = [
-                    Choice((tp, n, micro_batch, kinds[0], reshard), predict(report, hardware, local_world, n, reshard))
-                    for n in configs.divisors(dp)
-                    for reshard in (True, False)
-                ]
+                made = []
+                for replicas, reshard in itertools.product(configs.divisors(dp), (True, False)):
+                    plan = replace(asked.parallel, dp_replicate=replicas, reshard_after_forward=reshard)
+                    key = tp, replicas, micro_batch, kinds[0], reshard
+                    made.append(Choice(key, predict(report, hardware, local_world, plan)))
                 chosen = min(made, key=Choice.rank)
                 fits = chosen.prediction.fits
                 yield chosen

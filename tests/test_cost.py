@@ -270,6 +270,27 @@ def run_predicted(arguments: list[str], card: dict[str, float]) -> Prediction:
     return predicted(arguments, 16, **card)
 
 
+@pytest.mark.parametrize(
+    ("slow", "changes", "says"),
+    [
+        ("exposed TP", {}, "50% of the step is exposed TP: TP's collectives stand in the way: a smaller tp"),
+        ("exposed FSDP", {}, "50% of the step is exposed FSDP: .*: more rows at once"),
+        ("rest", {}, "50% of the step is rest: the host launches kernels more slowly"),
+        ("optimizer", {}, "50% of the step is optimizer: .*: a larger global_batch_size"),
+        ("", {}, "100% of the step is compute: would help: param_dtype=bfloat16; compile."),
+        ("", FULL, "would help: param_dtype=bfloat16; compile; less checkpointing, if it fits."),
+        ("", {"parallel.param_dtype": "bfloat16", "parallel.compile": True}, "what is left is the speed of the GPU."),
+    ],
+)
+def test_a_sentence_says_what_bounds_the_step_and_what_would_help(arguments_of, slow, changes, says):
+    plan = explain.load(arguments_of(changes), 1, 1).parallel
+    seconds = dict.fromkeys(("compute", "exposed TP", "exposed FSDP", "optimizer", "rest"), 0.0) | {"compute": 1.0}
+    made = Prediction(hardware.named("h100"), plan, seconds | ({slow: 1.0} if slow else {}), {"gradients": 1}, 1.0, 0.5)
+    assert re.search(says, made.bound())
+    made.bytes["activations"] = 80 * 2**30
+    assert re.match(r"It takes 80.0 GiB, more than 90% of 79.1 GiB: most of it is activations;", made.bound())
+
+
 def test_a_collective_takes_what_a_ring_takes():
     card = replace(hardware.named("h100"), link=1e9, node_link=1e8, latency=0.5, hop=0.0)
     assert card.collective("all-gather", 10**9, 1, 8) == 0
