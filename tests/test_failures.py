@@ -1,6 +1,7 @@
 """How a run fails: on all ranks, soon, with the lock free, and so that the same command goes on."""
 
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -112,11 +113,13 @@ FAILURES = {  # script and what it does, what is found on standard error
 def test_when_one_rank_fails_all_end_soon_the_lock_is_free_and_the_next_start_resumes(
     lab, request, script, words, asynchronous
 ):
-    run_dir = lab.folder / re.sub(r"\W", "_", request.node.callspec.id)
-    command = [f"--run.dir={run_dir}", "--parallel.tp=1", "--parallel.timeout_seconds=20", "--train.steps=8"]
-    command += ["--optim.warmup_steps=2"]
+    begun, run_dir = lab.folder / "begun", lab.folder / re.sub(r"\W", "_", request.node.callspec.id)
+    command = ["--parallel.tp=1", "--parallel.timeout_seconds=20", "--train.steps=8", "--optim.warmup_steps=2"]
     command += ["--checkpoint.every=2", f"--checkpoint.async_save={str(asynchronous).lower()}"]
-    lab.run_to_end(*command, "--train.steps=2", ranks=2)  # what the failing job resumes from
+    if not begun.exists():
+        lab.run_to_end(*command, f"--run.dir={begun}", "--train.steps=2", ranks=2)
+    shutil.copytree(begun, run_dir)  # what the failing job resumes from
+    command += [f"--run.dir={run_dir}"]
     in_flight = {"SAVE_SECONDS": "5"} if asynchronous else {}
     if asynchronous and script[0] == SABOTEUR:
         script = (SABOTEUR, f"{script[1]},nap5@save")
