@@ -32,7 +32,7 @@ import parallel
 import train
 from benchmarks import published
 from cost import hardware
-from cost.choose import CHECKPOINTING, KEYS, choose
+from cost.choose import CHECKPOINTING, KEYS, Choice, choose
 from cost.operations import Tape, kernels, live_bytes
 from cost.predict import Prediction, predict
 from model import Llama, flops_per_token
@@ -423,19 +423,33 @@ def test_choices_are_ordered_fit_and_can_be_pasted():
     assert best["arguments"] in shown
 
 
-def chosen(arguments: list[str], memory_gib: float) -> tuple[list, object]:
-    config, card = explain.load(arguments, 4, 4), replace(hardware.named("h100"), memory_gib=memory_gib)
-    return choose(config, 4, 4, card, train.make_optimizer)
+def test_what_fits_comes_before_what_is_faster_and_that_before_what_is_smaller():
+    made = [(True, 1.0, 9.0), (True, 1.001, 8.0), (True, 2.0, 1.0), (False, 0.5, 99.0)]  # fits, seconds, GiB
+    predictions = [mock.Mock(fits=fits, step_seconds=seconds, memory_gib=gib) for fits, seconds, gib in made]
+    order = sorted((Choice((), each) for each in predictions), key=Choice.rank)
+    assert [predictions.index(choice.prediction) for choice in order] == [1, 0, 2, 3]  # a thousandth is not faster
+
+
+def chosen(arguments: list[str], local_world: int, card: dict[str, float]) -> tuple[list, object]:
+    config, gpu = explain.load(arguments, 4, local_world), replace(hardware.named("h100"), **card)
+    return choose(config, 4, local_world, gpu, train.make_optimizer)
 
 
 def test_what_is_faster_but_does_not_fit_is_named_and_nothing_is_an_error(elsewhere, arguments_of):
     arguments = arguments_of({"data.seq_len": 4096, "train.global_batch_size": 16, "train.micro_batch_size": 1})
-    fitting, faster = elsewhere(chosen, arguments, 0.2)
+    fitting, faster = elsewhere(chosen, arguments, 4, {"memory_gib": 0.2})
     assert faster is not None
     assert not faster.prediction.fits
     assert faster.prediction.step_seconds < fitting[0].prediction.step_seconds
     with pytest.raises(ValueError, match=r"nothing fits 4 x h100: the least is .* GiB with --parallel.tp="):
-        elsewhere(chosen, arguments, 0.001)
+        elsewhere(chosen, arguments, 4, {"memory_gib": 0.001})
+
+
+def test_where_links_between_nodes_are_slow_each_node_has_a_copy_and_weights_are_gathered_once(elsewhere, arguments_of):
+    arguments = arguments_of({"train.global_batch_size": 4, "train.micro_batch_size": 1})
+    fitting, _ = elsewhere(chosen, arguments, 2, {"node_link": 1e8, "link": 1e9})
+    _, dp_replicate, _, _, reshard = next(choice.key for choice in fitting if choice.key[0] == 1)
+    assert (dp_replicate, reshard) == (2, False)
 
 
 def test_a_run_says_what_was_predicted_beside_what_it_measures(tmp_path):
