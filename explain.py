@@ -1,6 +1,8 @@
 """What the plan does to each module of a configuration, and what a step of it costs one rank.
 
     python explain.py [CONFIG.toml] [--section.key=value ...] [--world-size=8] [--local-world-size=8]
+    python explain.py ... --full                                          all of it, and how to read it
+    python explain.py ... --picture=FILE.png                              drawn on one page (or .svg)
     python explain.py ... --gpu=h100 [--node-link-gbps=400] [--json]      and what a step takes on such GPUs
     python explain.py ... --gpu=h100 --choose [--json]                    and which mesh is the fastest that fits
 
@@ -13,6 +15,13 @@ Nothing here is a second copy of the plan. The real model, with one block of eac
 `parallel.parallelize` on a mesh of which this process is rank 0 and the others are pretended; then forward and backward
 run on tensors that have a shape but no memory, and every collective that is called is written down. What a block does
 is multiplied by the blocks of its kind.
+
+In short:
+
+  MODULE   one block stands for all of its kind. What Llama and Block send is FSDP's, over dp_shard
+           (all-reduces: over dp_replicate); what the others send is TP's, over tp
+  here     on rank 0. S(d): dim d is cut over tp; R: the same on all tp ranks
+  --full   prints each size and count, and how to read them; --picture=FILE.png draws them
 
 How to read it:
 
@@ -36,9 +45,10 @@ How to read it:
                 moment; activations: what backward will need; at work: what lives only meanwhile
 """
 
-import argparse
 import contextlib
 import json
+from argparse import SUPPRESS, ArgumentParser
+from argparse import RawDescriptionHelpFormatter as Raw
 
 import configs
 import train
@@ -49,7 +59,7 @@ from cost.predict import predict
 from cost.record import explain
 from runtime.ranks import UserError
 
-HOW_TO_READ = __doc__.partition("How to read it:\n\n")[2]
+IN_SHORT, _, HOW_TO_READ = __doc__.partition("In short:\n\n")[2].partition("\nHow to read it:\n\n")
 
 
 def load(arguments: list[str], world: int, local_world: int, on_gpus: bool = False) -> Config:
@@ -58,16 +68,12 @@ def load(arguments: list[str], world: int, local_world: int, on_gpus: bool = Fal
     UserError names what is wrong.
     """
     if min(world, local_world) < 1 or world % local_world:
-        raise UserError(
-            f"--world-size={world} with --local-world-size={local_world}: both must be positive integers, and the "
-            "first a multiple of the second"
-        )
+        given = f"--world-size={world} with --local-world-size={local_world}"
+        raise UserError(f"{given}: both must be positive integers, and the first a multiple of the second")
     config = configs.load(arguments, world, local_world, on_gpus)
     if config.model.vocab_size == 0 and config.data.tokenizer != "train":
-        raise UserError(
-            f"model.vocab_size=0 waits for the tokenizer {config.data.tokenizer}, which is not loaded here: "
-            "give the number of rows with --model.vocab_size=N"
-        )
+        waits = f"model.vocab_size=0 waits for the tokenizer {config.data.tokenizer}, which is not loaded here"
+        raise UserError(f"{waits}: give the number of rows with --model.vocab_size=N")
     return config if config.model.vocab_size else configs.settle(config, config.data.tokenizer_vocab_size, None)
 
 
@@ -85,12 +91,11 @@ def any_mesh(arguments: list[str], world: int, local_world: int, on_gpus: bool) 
 
 def main() -> None:
     """Exit status 2, with one message on standard error, where the input is wrong or --choose finds nothing."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS, formatter_class=raw, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, usage=SUPPRESS, formatter_class=Raw, allow_abbrev=False)
     parser.add_argument("--world-size", type=int, default=8, help="number of ranks")
     parser.add_argument("--local-world-size", type=int, help="ranks of one node; by default all, or 8 with --gpu")
+    parser.add_argument("--full", action="store_true", help="each size and count, and how to read them")
+    parser.add_argument("--picture", metavar="FILE", help="draw the report, as .png or .svg")
     parser.add_argument("--gpu", help="predict the step time and the memory on such GPUs: see cost/hardware.toml")
     parser.add_argument("--node-link-gbps", type=float, help="of each GPU to other nodes, in Gb/s; else the table's")
     parser.add_argument("--choose", action="store_true", help="try every mesh, micro-batch and checkpointing")
@@ -105,24 +110,26 @@ def main() -> None:
         if options.node_link_gbps is not None and not options.node_link_gbps > 0:
             raise UserError(f"--node-link-gbps={options.node_link_gbps:g}: must be above 0")
         gpu = None if options.gpu is None else hardware.named(options.gpu, options.node_link_gbps)
+        if options.choose and (options.full or options.picture):
+            raise UserError("--full and --picture show one configuration: paste a line of --choose before them")
         config = (any_mesh if options.choose else load)(arguments, world, local_world, gpu is not None)
         if gpu and options.choose:
-            fitting, faster = choose(config, world, local_world, gpu, train.make_optimizer)
+            best, faster = choose(config, world, local_world, gpu, train.make_optimizer)
+            found = {"choices": [each.as_json() for each in best], "faster": faster and faster.as_json()}
+            print(json.dumps(found) if options.json else text.choices_text(best, faster))
+            return
+        report = explain(config, world, train.make_optimizer, gpu.memory_gib if gpu else 0)
+        if options.picture:
+            from docs.report import draw  # which needs matplotlib
+
+            draw(report, options.picture)
     except UserError as error:
         parser.error(str(error))
-    if options.choose:
-        best = fitting[:10]
-        if options.json:
-            print(json.dumps({"choices": [each.as_json() for each in best], "faster": faster and faster.as_json()}))
-        else:
-            print(text.choices_text(best, faster), end="")
-        return
-    report = explain(config, world, train.make_optimizer, gpu.memory_gib if gpu else 0)
     made = predict(report, gpu, local_world) if gpu else None
     if made and options.json:
         print(json.dumps(made.as_json()))
     else:
-        print(text.render(report, HOW_TO_READ), end="")
+        print(text.render(report, HOW_TO_READ if options.full else IN_SHORT, options.full), end="")
         print("\n" + text.prediction_text(made, world) if made else "", end="")
 
 

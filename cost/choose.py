@@ -40,10 +40,8 @@ class Choice:
 
 
 def with_values(config: Config, tp: int, micro_batch: int, kept: Kept) -> Config:
-    parallel = replace(
-        config.parallel, tp=tp, dp_replicate=1, activation_checkpointing=kept, reshard_after_forward=True
-    )
-    return replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro_batch))
+    plan = replace(config.parallel, tp=tp, dp_replicate=1, activation_checkpointing=kept, reshard_after_forward=True)
+    return replace(config, parallel=plan, train=replace(config.train, micro_batch_size=micro_batch))
 
 
 def candidates(
@@ -82,7 +80,7 @@ def candidates(
 def choose(
     config: Config, world: int, local_world: int, hardware: Hardware, make_optimizer: Callable
 ) -> tuple[list[Choice], Choice | None]:
-    """Those that fit, the fastest first, and the fastest of all if it does not fit. UserError if none fits."""
+    """The ten fastest that fit, in order, and the fastest of all if it does not fit. UserError if none fits."""
     found = list(candidates(config, world, local_world, hardware, make_optimizer))
     found.sort(key=Choice.rank)
     fitting = [choice for choice in found if choice.prediction.fits]
@@ -91,4 +89,4 @@ def choose(
         need = f"the least is {least.prediction.memory_gib:.1f} GiB with {least.arguments()}" if least else "no mesh is"
         raise UserError(f"nothing fits {world} x {hardware.name}: {need}; more GPUs, or larger ones")
     fastest = min(found, key=lambda choice: choice.prediction.step_seconds)
-    return fitting, None if fastest.prediction.fits else fastest
+    return fitting[:10], None if fastest.prediction.fits else fastest

@@ -45,10 +45,8 @@ class Prediction:
         """One sentence on what bounds the step and what would help."""
         if not self.fits:
             most = max(self.bytes, key=self.bytes.__getitem__)
-            return (
-                f"It takes {self.memory_gib:.1f} GiB, more than {USABLE:.0%} of {self.gpu.memory_gib:g} GiB: most of "
-                f"it is {most}; --choose finds what fits."
-            )
+            more = f"{self.memory_gib:.1f} GiB, more than {USABLE:.0%} of {self.gpu.memory_gib:g} GiB"
+            return f"It takes {more}: most of it is {most}; --choose finds what fits."
         part = max(HELP, key=self.seconds.__getitem__)
         part = part if self.seconds[part] > 0.15 * self.step_seconds else "compute"
         plan, share = self.plan, f"{self.seconds[part] / self.step_seconds:.0%} of the step is {part}"
@@ -59,13 +57,10 @@ class Prediction:
 
     def as_json(self) -> dict[str, Any]:
         gib = {part: nbytes / 2**30 for part, nbytes in self.bytes.items()}
-        whole = {
-            "step_seconds": self.step_seconds,
-            "tokens_per_second_per_gpu": self.tokens_per_second,
-            "mfu": self.mfu,
-        }
+        speed = {"tokens_per_second_per_gpu": self.tokens_per_second, "mfu": self.mfu}
+        whole = {"gpu": self.gpu.name, "step_seconds": self.step_seconds} | speed
         memory = {"memory_gib": self.memory_gib, "memory_parts_gib": gib, "fits": self.fits, "bound": self.bound()}
-        return {"gpu": self.gpu.name} | whole | {"step_parts_seconds": self.seconds} | memory
+        return whole | {"step_parts_seconds": self.seconds} | memory
 
 
 def predict(report: Report, gpu: Hardware, local_world: int, plan: ParallelConfig | None = None) -> Prediction:

@@ -1,6 +1,7 @@
 """The report and the prediction as text for a terminal 100 columns wide."""
 
 import textwrap
+from itertools import zip_longest
 
 from cost.choose import Choice
 from cost.predict import USABLE, Prediction
@@ -48,8 +49,25 @@ def mesh_text(ranks: list[list[list[int]]]) -> str:
     return "\n".join(few(sheets, 3, "...\n"))
 
 
-def render(report: Report, how_to_read: str) -> str:
-    """The report as text for a terminal 100 columns wide."""
+def overview(report: Report) -> list[list]:
+    """Each module in one row: what of its weight is here, what leaves it, what it sends forward and backward.
+
+    Where it sends several things, further rows follow.
+    """
+    rows = []
+    for name, (*_, (leaves, layout)) in report.activations.items():
+        calls = [call for call in report.collectives if call.module.removesuffix(" (FSDP)") == name]
+        forward = dict.fromkeys(call.kind for call in calls if call.phase == "forward")
+        backward = dict.fromkeys(call.kind for call in calls if call.phase in ("backward", "recompute"))
+        if forward or backward or name in report.weights:
+            here = report.weights.get(name, ["-"])[-1], f"{leaves} {layout}".strip(" -")
+            sent = zip_longest(forward or [""], backward, fillvalue="")
+            rows += [[name_text(name, len(report.blocks)), *here, *next(sent)], *(["", "", "", *more] for more in sent)]
+    return rows
+
+
+def render(report: Report, how_to_read: str, full: bool) -> str:
+    """The report as text for a terminal 100 columns wide: all of it, or what one looks at first."""
     config, plan, batch = report.config, report.config.parallel, report.config.train
     layers, kinds, dp = config.model.num_hidden_layers, len(report.blocks), len(report.ranks) * len(report.ranks[0])
     blocks, weights, activations, calls, totals = [], [], [], [], {}
@@ -67,6 +85,11 @@ def render(report: Report, how_to_read: str) -> str:
         totals[call.axis, call.kind] = count + call.count, total + whole
     sums = [[*key, f"{count:,}", size_text(total)] for key, (count, total) in sorted(totals.items())]
     of_kinds = f" of {kinds} kinds" if kinds > 1 else ""
+    tables = [table(["MODULE", "weight here", "output here", "sends forward", "and backward"], overview(report))]
+    if full:
+        tables = [table(["WEIGHTS", "style", "whole", "placements", "local"], weights)]
+        tables += [table(["ACTIVATIONS", "arrives", "computes on", "leaves"], activations)]
+        tables += [table(["COLLECTIVES", "phase", "kind", "axis", "calls", "bytes", "a step"], calls, 3)]
     return "\n".join(
         [
             f"{parameter_count(config.model):,} parameters, {layers} blocks{of_kinds}; param_dtype {plan.param_dtype}, "
@@ -77,9 +100,7 @@ def render(report: Report, how_to_read: str) -> str:
             how_to_read,
             mesh_text(report.ranks),
             table(["BLOCKS", "number", "layers", "mask"], blocks),
-            table(["WEIGHTS", "style", "whole", "placements", "local"], weights),
-            table(["ACTIVATIONS", "arrives", "computes on", "leaves"], activations),
-            table(["COLLECTIVES", "phase", "kind", "axis", "calls", "bytes", "a step"], calls, 3),
+            *tables,
             table(["TOTAL", "kind", "calls", "a step"], sums, 2),
             table(["MEMORY", "bytes"], [[name, size_text(size)] for name, size in report.memory.items()], 1),
         ]
@@ -109,4 +130,4 @@ def choices_text(fitting: list[Choice], faster: Choice | None) -> str:
         rows.append([place, *(str(value).lower() for value in choice.key), *numbers])
     lines = [f"{place:>2}  {choice.arguments()}\n" for place, choice in places.items() if choice is not faster]
     why = textwrap.fill(f"no: it would be faster, but {faster.prediction.bound()[3:]}", 100) + "\n" if faster else ""
-    return "\n".join([table(heads, rows, 3), "".join(lines), why]).rstrip() + "\n"
+    return "\n".join([table(heads, rows, 3), "".join(lines), why]).rstrip()

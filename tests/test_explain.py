@@ -89,7 +89,8 @@ def run_explain(arguments: tuple[str, ...], world: int, fork: Callable | None) -
     with fork() if fork else contextlib.nullcontext():
         report = explain.explain(explain.load(list(arguments), world, world), world, train.make_optimizer)
     assert not dist.is_initialized()
-    return replace(report, trace=None), cost_text.render(report, explain.HOW_TO_READ)  # a trace cannot be sent
+    text = cost_text.render(report, explain.HOW_TO_READ, full=True)
+    return replace(report, trace=None), text  # a trace cannot be sent
 
 
 @pytest.fixture(scope="session")
@@ -563,6 +564,38 @@ def test_the_printed_numbers_are_the_reports(explained, arguments_of):
     assert ["parameters", *cost_text.size_text(report.memory["parameters"]).split()] in lines
 
 
+@pytest.mark.parametrize(
+    ("config", "world", "more"),
+    [("quickstart", 1, []), ("quickstart", 8, []), ("llama3_8b", 64, []), ("llama3_70b", 512, [])],
+)
+def test_without_full_the_report_is_one_screen_that_says_where_the_rest_is(explained, config, world, more):
+    report, _ = explained([str(ROOT / "configs" / f"{config}.toml"), *more], world)
+    lines = cost_text.render(report, explain.IN_SHORT, full=False).splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+    words = [line.split()[:1] for line in lines]
+    assert all([head] in words for head in ("MODULE", "TOTAL", "MEMORY", "--full"))
+
+
+@pytest.mark.parametrize(("changes", "world"), [({}, 1), ({}, 2), (TP2, 2), (TP2, 4), (TP2 | HSDP, 4), (KEEP, 2)])
+def test_the_short_report_has_each_modules_shapes_and_what_it_sends(explained, arguments_of, changes, world):
+    report, _ = explained(arguments_of(changes), world)
+    rows = cost_text.overview(report)
+    heads = [row[0] for row in rows if row[0]]
+    assert len(heads) == len(set(heads))
+    shown: dict[str, list] = {}
+    for head, *rest in rows:
+        shown.setdefault(head or next(reversed(shown)), []).append(rest)
+    for name, row in report.weights.items():
+        here, leaves, *_ = shown[cost_text.name_text(name)][0]
+        assert here == row[-1]
+        assert leaves.startswith(str(report.activations[name][-1][0]))
+    sent = {(head, i, row[2 + i]) for head, those in shown.items() for row in those for i in (0, 1) if row[2 + i]}
+    calls = [call for call in report.collectives if call.phase != "update"]
+    names = [cost_text.name_text(call.module.removesuffix(" (FSDP)")) for call in calls]
+    assert sent == {(name, int(c.phase != "forward"), c.kind) for name, c in zip(names, calls, strict=True)}
+
+
 def test_the_mesh_is_drawn_with_its_ranks():
     small = torch.arange(8).view(2, 2, 2).tolist()
     rows = [line.split() for line in cost_text.mesh_text(small).splitlines()]
@@ -592,7 +625,37 @@ def test_the_command_prints_the_report_and_nothing_else():
     done = command_line("--parallel.tp=2", "--train.micro_batch_size=4", "--world-size=8")
     assert (done.returncode, done.stderr) == (0, "")
     assert "dp_shard 3     6     7" in done.stdout
-    assert "what an all-gather" in done.stdout
+    assert explain.IN_SHORT in done.stdout
+    assert "what an all-gather" not in done.stdout
+    assert explain.HOW_TO_READ in command_line("--world-size=1", "--full").stdout
+
+
+def test_a_picture_is_drawn_beside_the_text(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["explain.py", "--world-size=1", f"--picture={tmp_path / 'page.svg'}"])
+    explain.main()
+    assert "MEMORY" in capsys.readouterr().out
+    drawn = (tmp_path / "page.svg").read_text()
+    assert drawn.startswith("<?xml") and "</svg>" in drawn
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"), [("page.jpg", "a picture is .png or .svg"), ("no/page.png", "cannot be written: No such")]
+)
+def test_a_picture_that_cannot_be_drawn_gets_one_message(monkeypatch, capsys, tmp_path, picture, message):
+    monkeypatch.setattr(sys, "argv", ["explain.py", "--world-size=1", f"--picture={tmp_path / picture}"])
+    with pytest.raises(SystemExit, match="2"):
+        explain.main()
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / picture).exists()
+
+
+def test_without_matplotlib_a_picture_is_refused_with_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.delitem(sys.modules, "docs.report", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.setattr(sys, "argv", ["explain.py", "--world-size=1", f"--picture={tmp_path / 'page.png'}"])
+    with pytest.raises(SystemExit, match="2"):
+        explain.main()
+    assert "pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -609,6 +672,8 @@ def test_the_command_prints_the_report_and_nothing_else():
         (["--gpu=abacus"], "--gpu=abacus: known are a100-80, "),
         (["--json"], "--gpu=NAME"),
         (["--choose"], "--gpu=NAME"),
+        (["--gpu=h100", "--choose", "--picture=a.png"], "--picture show one configuration"),
+        (["--gpu=h100", "--choose", "--full"], "--full and"),
         (["--gpu=h100", "--node-link-gbps=0"], "--node-link-gbps=0"),
         (["--gpu=h100", "--world-size=12"], "--world-size=12 with --local-world-size=8"),
         (["--gpu=h100", "--choose", "--model.hiden_size=64"], "did you mean model.hidden_size?"),

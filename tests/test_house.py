@@ -116,6 +116,7 @@ FOREIGN = [
     ("huggingface*", "torch huggingface_hub"),
     ("generate", "torch tokenizers"),
     ("export", "torch tokenizers"),
+    ("explain", "torch docs"),  # draws its report, with what only development needs
     ("integrations.ray_train", "torch ray"),
     ("integrations.lightning_*", "torch lightning"),
     ("*", "torch"),
