@@ -1,8 +1,8 @@
-"""Checkpoints: written under a temporary name, renamed when complete, so a directory counts by its very name.
+"""Checkpoints: written under a temporary name, renamed when complete, so a directory counts by its very name (law 6).
 
     runs/quickstart/checkpoints/
       step_00000200/                 complete
-        .metadata  __0_0.distcp ...  torch.distributed.checkpoint: each rank's slices; any mesh can read them
+        .metadata  __0_0.distcp ...  torch.distributed.checkpoint: each rank's slices; any mesh can read them (law 2)
         state.json                   step, tokens, status, what must not change within a run, checksums
       .tmp-step_00000400/            a save that did not finish; removed at the next start
       damaged-step_00000300-.../     a checkpoint with wrong checksums, put aside when the run went on without it

@@ -210,7 +210,7 @@ def rows_of_step(source: Source, step: int, size: int, seed: int) -> Tensor:
 
 
 def deal(rows: Tensor, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[int]]:
-    """This dp rank's micro-batches of a global batch; the last ones may hold PADDING."""
+    """This dp rank's micro-batches of a global batch (law 8); the last ones may hold PADDING."""
     missing = -len(rows) % (micro_batch_size * dp_size)
     rows = torch.cat((rows, rows.new_full((missing,), PADDING)))
     return rows.view(-1, dp_size, micro_batch_size)[:, dp_rank].tolist()

@@ -1,8 +1,8 @@
 """A Llama decoder in plain PyTorch: GQA, RoPE, RMSNorm, SwiGLU. Nothing here knows that it may run on many ranks.
 
 Parameter names are those of Hugging Face's `LlamaForCausalLM`, and RoPE is the half-split form, so weights move in
-and out with no key map. The head axis of every `view` is -1: under tensor parallelism (parallel.py) q/k/v hold only
-this rank's heads, and the same code runs on them.
+and out with no key map (law 4; README.md lists the laws). The head axis of every `view` is -1: under tensor parallelism
+(parallel.py) q/k/v hold only this rank's heads, and the same code runs on them.
 
 Shapes, as seen by one rank (tp = 1 here; parallel.py lists what changes under TP):
 
@@ -13,7 +13,7 @@ How a model comes to life (train.py does exactly this):
     1. with torch.device("meta"): model = Llama(config)    shapes only, no memory, whatever the size
     2. parallel.parallelize(model, ...)                     decides which slice of each parameter this rank keeps
     3. model.to_empty(device=device)                        allocates those slices; parameters *and buffers* are garbage
-    4. model.init_weights(seed, ...)                        writes every parameter and every buffer
+    4. model.init_weights(seed, ...)                        writes every parameter and every buffer (law 5)
 """
 
 import functools
@@ -276,7 +276,7 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, targets: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T); with targets (B, T), the *sum* of the float32 loss over real targets.
 
-        A sum, not a mean: whoever calls knows how many targets the whole global batch has, this rank does not.
+        A sum, not a mean: whoever calls knows how many targets the whole global batch has, this rank does not (law 1).
         Where a row holds several documents, positions (B, T) count from 0 in each, and none sees another.
         """
         # (T, hd) each, or with positions (B, 1, T, hd)
@@ -293,7 +293,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, place: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Write every parameter and buffer as a function of (seed, parameter name) alone, on any mesh.
+        """Write every parameter and buffer (law 5) as a function of (seed, parameter name) alone, on any mesh (law 1).
 
         Each full parameter is drawn from a generator of its own, on its device, one at a time; `place(parameter, full)`
         then keeps what this rank owns. Normal with `initializer_range`, norms at one, and the two projections that

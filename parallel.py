@@ -9,6 +9,11 @@ with dp_replicate = 1 and tp = 2, on one node (HSDP, dp_replicate > 1, adds such
     dp_shard 2    rank 4    rank 5     DP peers, a column: different rows of tokens. Each keeps 1/dp_shard of its slice
     dp_shard 3    rank 6    rank 7     and gathers the others' just before a block runs (FSDP).
 
+Ranks talk in three ways. An all-gather gives each rank the slices of all; a reduce-scatter adds up what the ranks have
+and leaves each a slice of the sum; an all-reduce leaves each the whole sum. A DTensor is torch's tensor that knows how
+it lies on the mesh: cut along a dim (Shard), the same on all ranks (Replicate), or a sum of which each has an addend
+(Partial). docs/guide.md explains all this from one rank on.
+
 What TP does. Shapes are local to one rank: B rows, T sequence, D hidden, H and K heads, hd head dim, F feed-forward,
 V vocabulary. A branch starts with an all-gather and ends with a reduce-scatter; between blocks T is sharded. Of a
 weight (out, in), OUT_FEATURES are its rows, Shard(0), and IN_FEATURES its columns, Shard(1):
@@ -114,7 +119,7 @@ def build_mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
 
 
 def dp_rank_and_size(mesh: DeviceMesh) -> tuple[int, int]:
-    """This rank's place among the ranks that see different rows, and their number."""
+    """This rank's place among the ranks that see different rows, and their number. TP peers share a place (law 8)."""
     replicate, shard, _ = mesh.get_coordinate()
     return replicate * mesh["dp_shard"].size() + shard, mesh["dp_replicate"].size() * mesh["dp_shard"].size()
 
@@ -352,7 +357,7 @@ def sum_over_ranks(*values: Tensor) -> Tensor:
 
 
 def gradient_square(model: nn.Module) -> Tensor:
-    """This rank's share of the squared norm of the whole model's gradient: `sum_over_ranks` of it is the whole.
+    """This rank's share of the squared norm of the whole model's gradient: `sum_over_ranks` of it is the whole (law 1).
 
     A rank adds the squares of its own slices. What is copied on several ranks (norms over tp, everything over
     dp_replicate) counts once: it is divided by the number of copies, which is ranks / slices.

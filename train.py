@@ -2,7 +2,7 @@
 
     python train.py                                                        one process: a CPU, or one GPU
     torchrun --standalone --nproc_per_node=4 train.py --parallel.tp=2      2 x 2 mesh on one node
-    torchrun --nproc_per_node=8 train.py configs/llama3_8b.toml            8 GPUs; two nodes: see README.md
+    torchrun --nproc_per_node=8 train.py configs/llama3_8b.toml            8 GPUs; two nodes: docs/cluster.md
 
 Arguments: [CONFIG.toml] [--section.key=value ...]; `--help` lists every key. Running the same command again resumes.
 Other launchers call `train(config, device)` in a process group of their own.
@@ -178,7 +178,7 @@ def train(config: Config, device: torch.device, started: float = 0, owns_process
                 continue
             done += 1
 
-            # One division by the token count of the whole global batch, and clipping, in one pass over the gradients.
+            # One division by the token count of the whole global batch (law 1), and clipping, in one pass over all.
             # TP peers have the same rows: what they add up is each one's share of loss and tokens
             square = parallel.gradient_square(model)
             loss, tokens, square = parallel.sum_over_ranks(loss / tp, tokens / tp, square)

@@ -1,6 +1,7 @@
 """Lines of code of each file, by groups, without blanks, comments and docstrings: `python benchmarks/lines.py`.
 
-The table of README.md is what it prints. DESIGN's limits stand beside the sums and files that have one.
+The table of docs/measurements.md is what it prints; README.md has its sums. DESIGN's limits stand beside the sums and
+files that have one.
 """
 
 import ast

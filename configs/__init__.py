@@ -4,8 +4,8 @@
 
 The dataclass that configures a module lives in that module. A field says what it means and where its bounds are, as
 plain data: `Annotated[int, "meaning", (">=", 1)]`. This file puts the sections together, reads the file and the command
-line, and checks everything at once, before any process group, download or model exists: first each value by itself,
-then the rules that tie values together.
+line, and checks everything at once, before any process group, download or model exists (law 7): first each value by
+itself, then the rules that tie values together.
 """
 
 import contextlib

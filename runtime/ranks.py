@@ -1,4 +1,4 @@
-"""Ranks: how they start, how they agree, and how they fail: together, with one message.
+"""Ranks: how they start, how they agree, and how they fail: together, with one message (law 7).
 
 What one rank alone decides (is there a checkpoint? is the disk full?) would let the others wait for it for ever. So
 whatever may go wrong on one rank goes through a function of this file, which all ranks call alike:

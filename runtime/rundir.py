@@ -8,8 +8,8 @@
       checkpoints/                     see checkpoint.py
 
 A directory that exists is locked before anybody looks into it; one that does not is claimed by making it. Until the
-checkpoint is loaded nothing else is written: a start that is refused leaves everything as it was. Rank 0 alone decides
-what is there and what is removed.
+checkpoint is loaded nothing else is written: a start that is refused leaves everything as it was (law 7). Rank 0 alone
+decides what is there and what is removed.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """When to stop before the end: on a signal to any rank, when torchrun dies, when a rank has a problem or hangs.
 
 A signal may reach one rank only, so nobody acts alone: all ranks vote once a step, and all of them save and leave after
-the same one.
+the same one. What goes on later is then the same run (law 2).
 """
 
 import contextlib

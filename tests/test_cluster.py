@@ -154,7 +154,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]
 
 
 def test_torchrun_waits_for_the_save_as_long_as_its_environment_says(jobs):
-    """What the Makefile, the recipes and the README set. The other job shows that the variable does it."""
+    """What the Makefile, the recipes and docs/cluster.md set. The other job shows that the variable does it."""
     long, saved = jobs["long"].result()
     assert saved and "stopped at step" in long.stdout and "forcefully" not in long.stderr, long.stderr
     if not KNOWN:
