@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Seconds from Ctrl-C or SIGTERM until torchrun kills its processes: a stop finishes the step and saves.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 
-.PHONY: train test test-integrations check kill-test soak bench lint
+.PHONY: train test test-exercises test-forks test-integrations check kill-test soak bench lint
 
 train: .venv/run
 	$(BIN)/torchrun --standalone --nproc_per_node=$(NPROC) train.py
@@ -20,9 +20,17 @@ train: .venv/run
 test: .venv/dev
 	$(BIN)/python -m pytest tests $(ARGS)
 
+# Each break of docs/exercises.md, caught by its law.
+test-exercises: .venv/dev
+	$(BIN)/python -m pytest -m exercise tests/test_exercises.py $(ARGS)
+
 # The same training under Ray, Lightning and SLURM, and lm-evaluation-harness on what export.py wrote.
 test-integrations: .venv/integrations
 	$(BIN)/python -m pytest -m integration tests/test_integrations.py $(ARGS)
+
+# The recipes of docs/forking.md: each diff on a copy, with its laws.
+test-forks: .venv/dev
+	$(BIN)/python -m pytest -m fork tests/test_forking.py $(ARGS)
 
 # The laws on tiny runs, with your keys set: what to run after each change.
 check: .venv/dev
