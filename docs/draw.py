@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,15 +72,18 @@ def best_by_tp(config: Config, world: int, gpu: Hardware) -> dict[int, Choice]:
     return dict(sorted(best.items()))
 
 
+def gib_by_part(config: Config, world: int, gpu: Hardware, keys_of: dict[str, Iterable[str]]) -> dict[str, float]:
+    """GiB at the peak of one rank: of each part the sum of its keys of Prediction.bytes."""
+    report = explain.explain(config, world, train.make_optimizer, gpu.memory_gib, quick=True)
+    nbytes = predict(report, gpu, min(world, NODE)).bytes
+    return {part: sum(nbytes[key] for key in keys) / 2**30 for part, keys in keys_of.items()}
+
+
 def gib_by_tp(config: Config, world: int, gpu: Hardware, tps: Iterable[int], kept: str) -> dict[int, dict[str, float]]:
     """For each tp the GiB of PARTS at the peak, with the configuration's micro-batch and this checkpointing."""
-    found = {}
-    for tp in tps:
-        asked = with_values(config, tp, config.train.micro_batch_size, kept)
-        report = explain.explain(asked, world, train.make_optimizer, gpu.memory_gib, quick=True)
-        nbytes = predict(report, gpu, min(world, NODE)).bytes
-        found[tp] = {part: sum(nbytes[key] for key in keys) / 2**30 for part, (keys, _) in PARTS.items()}
-    return found
+    keys_of = {part: keys for part, (keys, _) in PARTS.items()}
+    asked = {tp: with_values(config, tp, config.train.micro_batch_size, kept) for tp in tps}
+    return {tp: gib_by_part(asked[tp], world, gpu, keys_of) for tp in asked}
 
 
 def beside_published() -> list[tuple[published.Row, Prediction]]:
@@ -668,12 +671,10 @@ STACK = {  # of a rank's memory, from below: keys of Prediction.bytes, a colour,
 
 def gib_by_mesh() -> dict[str, dict[str, float]]:
     """For each of MESHES the GiB of STACK at the peak of one rank."""
-    found, gpu = {}, named("h100")
+    found, gpu, keys_of = {}, named("h100"), {part: keys for part, (keys, *_) in STACK.items()}
     for name, (world, tp) in MESHES.items():
         config = explain.load([*MEMORY, f"--parallel.tp={tp}"], world, world)
-        report = explain.explain(config, world, train.make_optimizer, gpu.memory_gib, quick=True)
-        nbytes = predict(report, gpu, world).bytes
-        found[name] = {part: sum(nbytes[key] for key in keys) / 2**30 for part, (keys, *_) in STACK.items()}
+        found[name] = gib_by_part(config, world, gpu, keys_of)
     return found
 
 
@@ -746,6 +747,24 @@ def losses_of(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def kept_losses(path: Path, train_again: Callable[[], dict[str, Any]]) -> dict[str, list[float]]:
+    """Those beside the picture, which are written anew unless --again."""
+    kept = path.with_suffix(".json")
+    if "--again" not in sys.argv:
+        kept.write_text(json.dumps(train_again(), indent=1) + "\n")
+    return json.loads(kept.read_text())["losses"]
+
+
+def distances(own: list[float], first: list[float]) -> list[float]:
+    """At each step, relative to `first`."""
+    return [abs(a - b) / b for a, b in zip(own, first, strict=True)]
+
+
+def on_log_axis(values: list[float]) -> list[float]:
+    """What is equal to the bit has no point there."""
+    return [value or math.nan for value in values]
+
+
 def trained() -> dict[str, Any]:
     """The commands, and the loss of each step of each mesh: minutes."""
     losses = {}
@@ -760,9 +779,9 @@ def trained() -> dict[str, Any]:
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Of each mesh but the first the distance from the first at each step, relative to it."""
+    """Of each mesh but the first its distances from the first."""
     (_, first), *others = losses.items()
-    return {mesh: [abs(a - b) / b for a, b in zip(own, first, strict=True)] for mesh, own in others}
+    return {mesh: distances(own, first) for mesh, own in others}
 
 
 @plt.rc_context(STYLE)
@@ -777,9 +796,8 @@ def draw_losses(losses: dict[str, list[float]], path: Path) -> Figure:
         above.plot(steps, values, dashes, color=colour, linewidth=width, label=label)
     for mesh, values in differences(losses).items():
         colour, dashes, _, marker = LINES[mesh]
-        shown = [value or math.nan for value in values]  # equal to the bit: no point on a log axis
         how = {"linewidth": 1.3, "marker": marker, "markersize": 4, "markevery": 5}
-        below.plot(steps, shown, dashes, color=colour, label=mesh, **how)
+        below.plot(steps, on_log_axis(values), dashes, color=colour, label=mesh, **how)
     above.set(ylabel="training loss, nats per token")
     above.set_title(
         "The mesh does not change the result: quickstart.toml on five meshes, one curve",
@@ -802,10 +820,7 @@ def draw_losses(losses: dict[str, list[float]], path: Path) -> Figure:
 
 def loss_by_mesh(path: Path) -> str:
     """Train, unless --again, and write the losses beside the picture; the largest differences as text."""
-    kept = path.with_suffix(".json")
-    if "--again" not in sys.argv:
-        kept.write_text(json.dumps(trained(), indent=1) + "\n")
-    losses = json.loads(kept.read_text())["losses"]
+    losses = kept_losses(path, trained)
     draw_losses(losses, path)
     lines = [[mesh, f"{values[0]:.4f}", f"{values[-1]:.4f}"] for mesh, values in losses.items()]
     largest = ["-", *(f"{max(values):.1e}" for values in differences(losses).values())]
@@ -854,11 +869,8 @@ def draw_resume(losses: dict[str, list[float]], reference: list[float], path: Pa
         how = {"color": colour, "marker": marker, "markersize": 7 if start == 1 else 3, "linewidth": 1.5}
         how |= {"markerfacecolor": "none"} if start == 1 else {}  # what lies behind the second part is seen
         above.plot(steps, values, label=label, **how)
-        apart = [
-            abs(own - reference[step - 1]) / reference[step - 1] or math.nan
-            for step, own in zip(steps, values, strict=True)
-        ]
-        below.plot(steps, apart, **how)
+        apart = distances(values, reference[start - 1 : start - 1 + len(values)])
+        below.plot(steps, on_log_axis(apart), **how)
     for axes in (above, below):
         axes.axvline(CHECKPOINT + 0.5, color="black", linestyle="--", linewidth=1)
         axes.axvspan(CHECKPOINT + 0.5, len(killed) + 0.5, color="#dddddd", zorder=0)
@@ -875,10 +887,7 @@ def draw_resume(losses: dict[str, list[float]], reference: list[float], path: Pa
 
 def resume(path: Path) -> str:
     """Train, unless --again, and write the losses beside the picture; beside them the run that was never stopped."""
-    kept = path.with_suffix(".json")
-    if "--again" not in sys.argv:
-        kept.write_text(json.dumps(killed_and_resumed(), indent=1) + "\n")
-    losses = json.loads(kept.read_text())["losses"]
+    losses = kept_losses(path, killed_and_resumed)
     reference = json.loads(path.with_name("loss_by_mesh.json").read_text())["losses"]["1 rank"]
     draw_resume(losses, reference, path)
     rows = [["1 rank", 1, len(reference), f"{reference[-1]:.4f}"]]

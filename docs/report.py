@@ -63,10 +63,6 @@ class Page:
         self.text(x + CHIP / 2, y + 0.235, f"{call.axis} {size_text(call.nbytes)}", 7.5, ha="center")
 
 
-def shape_text(shape: Sequence[int]) -> str:
-    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
-
-
 def depth(name: str, names: Sequence[str]) -> int:
     """How many other modules of the block it is in."""
     return sum(name.startswith(other + ".") for other in names)
@@ -153,8 +149,8 @@ def draw_weight(page: Page, row: list, tp: int, x: float, y: float) -> None:
     page.box(x, y, wide * across, high * down, SLICE)
     parts = [own / full for own, full in zip(local, whole, strict=True)]
     page.box(x, y, wide * (parts[1] if len(parts) > 1 else 1), high * parts[0], OURS)
-    page.text(x + 0.45, y + 0.08, shape_text(local), 8.5)
-    page.text(x + 0.45, y + 0.26, f"of {shape_text(whole)}", 8.5)
+    page.text(x + 0.45, y + 0.08, str(local), 8.5)
+    page.text(x + 0.45, y + 0.26, f"of {whole}", 8.5)
 
 
 def draw_activation(page: Page, shape: Sequence[int], layout: str, tp: int, x: float, y: float) -> None:
@@ -195,7 +191,7 @@ def draw_block(page: Page, report: Report, block: str, top: float) -> float:
                 line = y + LINE * (i + 0.5) if not holds else y + LINE
                 draw_activation(page, shape, layout, tp, ACTIVATION + 0.28, line - 0.075)
                 page.text(ACTIVATION, line, word, 8.5)
-                page.text(ACTIVATION + 0.58, line, f"{shape_text(shape)} {said if said != '-' else ''}", 8.5)
+                page.text(ACTIVATION + 0.58, line, f"{shape} {said if said != '-' else ''}", 8.5)
             if holds:
                 end = y + height + sum(row_height(report, n) for n in names if n.startswith(name + "."))
                 frames.append((y, end, inner))
