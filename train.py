@@ -8,12 +8,15 @@ Arguments: [CONFIG.toml] [--section.key=value ...]; `--help` lists every key. Ru
 Other launchers call `train(config, device)` in a process group of their own.
 """
 
+import gc
 import math
 import signal
 import sys
-import time
 
-STARTED = time.perf_counter()  # before the slow imports
+from runtime import STARTED  # before the slow imports
+
+if __name__ == "__main__":
+    gc.disable()  # they leave no garbage; ranks.init_distributed starts the collector again
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -75,8 +78,8 @@ def evaluate(model: Llama, mesh: DeviceMesh, train: TrainConfig, source: data.So
         with parallel.loss_context(mesh):
             loss += parallel.to_local(model(input_ids, targets, *positions))
         tokens += (targets != IGNORE_INDEX).sum()
-    tp = mesh["tp"].size()  # TP peers have the same rows
-    loss, tokens = parallel.sum_over_ranks(loss / tp, tokens / tp).tolist()
+    # TP peers have the same rows: what is added up is each one's share
+    loss, tokens = parallel.sum_over_ranks(*torch.stack((loss, tokens)) / mesh["tp"].size()).tolist()
     # comparable between tokenizers: bits per token x tokens per byte of the held-out text
     bits_per_byte = loss / tokens / math.log(2) * rows.num_targets / rows.num_bytes
     return {"val_loss": loss / tokens, "val_bits_per_byte": bits_per_byte, "val_tokens": int(tokens)}

@@ -153,8 +153,7 @@ def check_launcher() -> None:
             "starts torchrun, or let each task say first\n"
             "  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS\n"
             "  export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))\n"
-            '  export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
-            "  export MASTER_PORT=29500"
+            '  export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500'
         )
 
 
@@ -186,6 +185,7 @@ def init_distributed(deterministic: bool = False) -> torch.device:
         torch.use_deterministic_algorithms(True)
     raise_file_limit()
     gc.freeze()  # what the imports have made is no garbage: without it the collector has little to walk through
+    gc.enable()  # train.py imports without it
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -207,10 +207,8 @@ def init_distributed(deterministic: bool = False) -> torch.device:
         # on a single node do all ranks know the same number of restarts.
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if size == local_world_size() else "any"
         store = dist.PrefixStore(f"restart_{restarts}", store)
-    backend, device_id = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=SETUP_TIMEOUT, device_id=device_id
-    )
+    backend, gpu = ("cpu:gloo,cuda:nccl", device) if on_gpu else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=SETUP_TIMEOUT, device_id=gpu)
     return device
 
 
@@ -323,10 +321,12 @@ def call_the_roll(error: BaseException) -> None:
 def leave_together() -> None:
     """The end of the process group. Whoever calls has let go of the model.
 
-    gloo sometimes aborts a process that exits while tensors of a model are alive: collect the cycles first.
+    gloo sometimes aborts a process that exits while tensors of a model are alive: collect the cycles first. What is
+    left is the imports', which the interpreter need not walk through once more when it ends.
     """
     gc.unfreeze()
     gc.collect()
+    gc.freeze()
     dist.barrier()
     dist.destroy_process_group()
 

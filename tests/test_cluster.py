@@ -263,6 +263,23 @@ def test_ranks_that_do_not_find_each_other_say_what_to_look_at():
 # Garbage, replicas, and who is slow
 
 
+def test_only_the_imports_of_train_as_a_command_are_without_the_collector():
+    script = """
+import gc, runpy, sys
+from unittest import mock
+import train
+print("imported:", gc.isenabled())
+sys.argv = ["train.py", "--help"]
+with mock.patch("train.configs.print_help"):
+    runpy.run_path("train.py", run_name="__main__")
+print("started:", gc.isenabled())
+train.ranks.init_distributed()
+print("together:", gc.isenabled(), gc.get_freeze_count() > 10_000)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=SABOTEUR.parent.parent, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == ["imported: True", "started: False", "together: True True"], done.stderr
+
+
 def test_garbage_is_frozen_after_the_first_step_and_then_collected_at_the_same_steps_on_all_ranks(monkeypatch):
     done = []
     for name in ("collect", "freeze", "disable"):
@@ -348,7 +365,7 @@ def test_other_things_that_time_out_are_no_reason_to_call_ranks(capsys):
 
 
 def live_and_leave() -> bool:
-    """Whether what was there when garbage was frozen is gone after the end of the group."""
+    """Whether what was there when garbage was frozen is gone after the end of the group, and the imports frozen."""
 
     class Cycle:
         def __init__(self):
@@ -364,7 +381,7 @@ def live_and_leave() -> bool:
             runtime_ranks.leave_together()
     finally:
         gc.enable()
-    return alive() is None
+    return alive() is None and gc.get_freeze_count() > 10_000
 
 
 def test_what_was_frozen_is_let_go_of_before_the_process_group_ends(ranks):

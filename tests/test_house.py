@@ -95,7 +95,7 @@ ALLOWED = [
     ("huggingface", ""),
     ("huggingface.*", "huggingface.* model runtime.ranks runtime.storage"),
     ("integrations.*", "*"),
-    ("train", "model parallel data checkpoint configs corpus corpus.* runtime.*"),
+    ("train", "model parallel data checkpoint configs corpus corpus.* runtime runtime.*"),
     ("cost", ""),
     ("cost.*", "cost.* cost model parallel configs runtime.ranks"),
     ("explain", "cost cost.* configs runtime.* train"),
