@@ -1,6 +1,7 @@
 """Several gloo processes on one CPU: started once a session, each test case gets a fresh process group in them."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -13,8 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from warm import IMPORTED
 
 from runtime import ranks as runtime_ranks
+
+gc.disable()  # until all files are imported
 
 MOST_RANKS = 4
 MOST_GROUPS = 32  # gloo never ends the network threads of a process group that is gone, and some of them spin
@@ -65,6 +69,11 @@ def overrides(request: pytest.FixtureRequest) -> Overrides:
     return request.config.stash[OVERRIDES]
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what they have imported is no garbage
+    gc.enable()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.stash[OVERRIDES].unread and not session.config.option.collectonly:
         session.exitstatus = pytest.ExitCode.USAGE_ERROR
@@ -81,6 +90,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
+    gc.freeze()
+    gc.enable()  # off until here, as this file is imported
     torch.set_num_threads(1)
     runtime_ranks.tune_process()
     while (task := pipe.recv()) is not None:
@@ -109,7 +120,8 @@ class Ranks:
         self.start()
 
     def start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)  # once for all ranks, in the process that they are forks of
         self.pipes, self.processes = [], []
         for rank in range(MOST_RANKS):
             ours, theirs = context.Pipe()

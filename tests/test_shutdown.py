@@ -56,6 +56,7 @@ class Story:
     ranks: int
     tp: int
     steps: int
+    warm: bool = False  # as in Lab.start
     jobs: list[Ended] = field(default_factory=list)
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ class Story:
         for path in self.lab.cwd.iterdir():
             path.unlink()
         script = (SABOTEUR, sabotage) if sabotage else (TRAIN,)
-        process = self.lab.start(*self.command(*arguments), ranks=self.ranks, script=script, **options)
+        process = self.lab.start(*self.command(*arguments), ranks=self.ranks, script=script, warm=self.warm, **options)
         try:
             for act in acts:
                 act(self, process)
@@ -188,7 +189,7 @@ ONE_RANK = [(signal.SIGTERM, 3), (signal.SIGINT, 1), (signal.SIGUSR1, 2)]
 
 @pytest.fixture(scope="module")
 def four(lab) -> Story:
-    story = Story(lab, "four", ranks=4, tp=2, steps=40)
+    story = Story(lab, "four", ranks=4, tp=2, steps=40, warm=True)
     for number, rank in ONE_RANK:
         story.job(*stop(number, rank))
     story.job()

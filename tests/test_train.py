@@ -25,6 +25,7 @@ import harm
 import pytest
 import torch
 import torch.distributed as dist
+import warm as warm_torchrun
 from laws import digest
 
 import checkpoint
@@ -104,10 +105,15 @@ class Lab:
         torchrun: tuple = (),
         script: tuple = (TRAIN,),
         environment: dict[str, str] | None = None,
+        warm: bool = False,
     ) -> subprocess.Popen:
-        """`before` the interpreter: nohup; options of torchrun; instead of train.py another script."""
+        """`before` the interpreter: nohup; options of torchrun; instead of train.py another script.
+
+        `warm`: ranks that are forks of a warm.py, for tests that are not about torchrun.
+        """
         if ranks > 1:
-            torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun)
+            module = (warm_torchrun.__file__, *warm_torchrun.OPTIONS) if warm else ("-m", "torch.distributed.run")
+            torchrun = (*module, "--standalone", f"--nproc_per_node={ranks}", *torchrun)
         first = [] if str(arguments[0]).endswith(".toml") else [self.config, f"--data.dataset={self.documents}"]
         return subprocess.Popen(
             [*before, sys.executable, *torchrun, *script, *map(str, [*first, *arguments])],
@@ -138,12 +144,12 @@ class Lab:
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def run_to_end(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess:
-        result = self.run(*arguments, **options)
+        result = self.run(*arguments, **{"warm": True} | options)
         assert result.returncode == 0, result.stderr
         return result
 
     def run_and_kill(self, *arguments: object, when: Callable[[], bool], ranks: int = 1) -> None:
-        process, deadline = self.start(*arguments, ranks=ranks), time.monotonic() + 400
+        process, deadline = self.start(*arguments, ranks=ranks, warm=True), time.monotonic() + 400
         while not when() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         reached, (_, errors) = when(), kill(process)
@@ -151,9 +157,9 @@ class Lab:
 
     @cache  # noqa: B019
     def reference(self, ranks: int) -> tuple[Path, subprocess.CompletedProcess]:
-        """An uninterrupted run, on one process or on the 2 x 2 mesh of four."""
-        run_dir = self.folder / f"reference_{ranks}"
-        return run_dir, self.run_to_end(f"--run.dir={run_dir}", f"--parallel.tp={1 if ranks == 1 else 2}", ranks=ranks)
+        """An uninterrupted run, on one process or on the 2 x 2 mesh of four, as a user starts it."""
+        run_dir, mesh = self.folder / f"reference_{ranks}", f"--parallel.tp={1 if ranks == 1 else 2}"
+        return run_dir, self.run_to_end(f"--run.dir={run_dir}", mesh, ranks=ranks, warm=False)
 
 
 def kill(process: subprocess.Popen) -> tuple[str, str]:
@@ -174,15 +180,14 @@ def kill(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def ranks_of(torchrun: int) -> dict[int, int]:
-    """Process ids by rank, of the ranks that torchrun has started so far."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    ranks = {}
-    for pid, parent in (map(int, line.split()) for line in listing.splitlines()):
-        if parent == torchrun:
-            with contextlib.suppress(OSError):  # it has ended
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                ranks |= {int(value[5:]): pid for value in environment if value.startswith(b"RANK=")}
-    return ranks
+    """Process ids by rank, of the ranks that torchrun has started so far, which it does in their order."""
+    started = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, parent, *_, when = stat.read_text().rpartition(")")[2].split()[:20]
+            if int(parent) == torchrun and state != "Z":
+                started.append((int(when), int(stat.parent.name)))
+    return {rank: pid for rank, (_, pid) in enumerate(sorted(started))}
 
 
 @pytest.fixture(scope="module")
