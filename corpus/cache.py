@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import hashlib
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def cache_folder() -> Path:
@@ -19,9 +21,19 @@ def cache_key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def unfinished(folder: Path) -> Path:
-    """A name of its own for a file that is renamed once it is complete."""
-    return folder / f".tmp-{uuid.uuid4().hex}"
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, under a name of its own and locked until it is complete and gets the name `path`."""
+    unfinished = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        with unfinished.open("wb") as file:
+            with contextlib.suppress(OSError):  # there are file systems without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            file.flush()
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of one that failed: tried again and again it would fill the disk
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from corpus import sources
-from corpus.cache import cache_folder, cache_key, remove_unfinished, unfinished
+from corpus.cache import cache_folder, cache_key, remove_unfinished, written
 from corpus.config import DataConfig
 from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
 from corpus.tokens import STREAM_VERSION, OnDisk, TokenFiles, cut, tokenize, write_tokens
@@ -113,9 +113,8 @@ class Files:
         return self.path(file, "rows").exists() and self.path(file, "arrow").exists()
 
     def write(self, file: int, suffix: str, text: str) -> None:
-        writing = unfinished(self.folder)
-        writing.write_text(text)
-        writing.replace(self.path(file, suffix))
+        with written(self.path(file, suffix)) as whole:
+            whole.write(text.encode())
 
     def rows(self, file: int, due: int = 0) -> int | None:
         """The number of rows of a file; None as long as it is not tokenised, and may still be.

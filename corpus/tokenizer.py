@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from corpus.cache import cache_folder, cache_key, unfinished
+from corpus.cache import cache_folder, cache_key, written
 from corpus.config import BOS_TOKENS, EOS_TOKENS, PAD_TOKENS, DataConfig
 from corpus.sources import all_texts
 from runtime.ranks import UserError
@@ -45,9 +45,8 @@ def load_tokenizer(config: DataConfig) -> Tokenizer:
         path = cache_folder() / f"tokenizer-{key}.json"
         if not path.exists():
             tokenizer = train_tokenizer(texts, config.tokenizer_vocab_size, config.tokenizer_train_mib)
-            writing = unfinished(path.parent)
-            tokenizer.save(str(writing))
-            writing.replace(path)
+            with written(path) as file:
+                file.write(tokenizer.to_str(pretty=True).encode())
         return Tokenizer.from_file(str(path))
     is_file = config.tokenizer.endswith(".json") or Path(config.tokenizer).exists()
     try:

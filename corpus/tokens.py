@@ -7,8 +7,6 @@ In the cache of `datasets`:
                  .tmp-*                 a file that is being written, or was when its process was killed
 """
 
-import contextlib
-import fcntl
 import hashlib
 import sys
 from collections import deque
@@ -22,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from corpus.cache import cache_folder, cache_key, remove_unfinished, unfinished
+from corpus.cache import cache_folder, cache_key, remove_unfinished, written
 from corpus.config import DataConfig
 from corpus.sources import check_not_empty, load_documents
 from corpus.tokenizer import SpecialTokens, special_tokens, without_rules
@@ -93,22 +91,14 @@ def write_tokens(
         if bar is not None:
             bar.update(read)
 
-    schema = pa.schema({"input_ids": pa.list_(pa.int32()), "num_bytes": pa.int64()})
-    writing, under_way = unfinished(path.parent), deque()
-    try:
-        with ThreadPoolExecutor(2) as pool, writing.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            with contextlib.suppress(OSError):  # there are file systems without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            for batch in batches_of(texts):
-                under_way.append(pool.submit(encode, *batch))
-                if len(under_way) > 2:
-                    write_oldest()
-            while under_way:
+    schema, under_way = pa.schema({"input_ids": pa.list_(pa.int32()), "num_bytes": pa.int64()}), deque()
+    with ThreadPoolExecutor(2) as pool, written(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in batches_of(texts):
+            under_way.append(pool.submit(encode, *batch))
+            if len(under_way) > 2:
                 write_oldest()
-    except BaseException:
-        writing.unlink(missing_ok=True)  # a file that is tried again and again would fill the disk
-        raise
-    writing.rename(path)
+        while under_way:
+            write_oldest()
 
 
 def tokenize(config: DataConfig, tokenizer: Tokenizer, show_progress: bool = False) -> list[Path]:

@@ -311,6 +311,19 @@ def test_what_another_process_is_writing_stays(tmp_path):
     assert {path.name for path in tmp_path.glob(".tmp-*")} == {".tmp-of-a-living-one", ".tmp-just-opened"}
 
 
+def test_a_file_that_is_complete_is_nobodys_leftover_before_it_has_its_name(tmp_path, monkeypatch):
+    """Another process that starts just now removes what is left behind and not locked."""
+    texts, replace = ["one", "two"], Path.replace
+
+    def replace_or_be_removed(path: Path, target: Path) -> Path:
+        remove_unfinished(path.parent)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_or_be_removed)
+    corpus = make_corpus(make_config(write_jsonl(tmp_path / "a.jsonl", texts)), byte_tokenizer(BOS, EOS))
+    assert texts_of(corpus.source.rows, byte_tokenizer(BOS, EOS), corpus.special.eos) == texts
+
+
 def tokenize_in_a_process(cache: Path, config: DataConfig, start: Any) -> None:
     datasets.config.HF_DATASETS_CACHE = cache
     tokens_module.PART_DOCUMENTS = 60
