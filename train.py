@@ -79,7 +79,7 @@ def evaluate(model: Llama, mesh: DeviceMesh, train: TrainConfig, source: data.So
             loss += parallel.to_local(model(input_ids, targets, *positions))
         tokens += (targets != IGNORE_INDEX).sum()
     # TP peers have the same rows: what is added up is each one's share
-    loss, tokens = parallel.sum_over_ranks(*torch.stack((loss, tokens)) / mesh["tp"].size()).tolist()
+    loss, tokens = parallel.sum_over_ranks(loss / mesh["tp"].size(), tokens / mesh["tp"].size()).tolist()
     # comparable between tokenizers: bits per token x tokens per byte of the held-out text
     bits_per_byte = loss / tokens / math.log(2) * rows.num_targets / rows.num_bytes
     return {"val_loss": loss / tokens, "val_bits_per_byte": bits_per_byte, "val_tokens": int(tokens)}

@@ -18,8 +18,6 @@ from warm import IMPORTED
 
 from runtime import ranks as runtime_ranks
 
-gc.disable()  # until all files are imported
-
 MOST_RANKS = 4
 MOST_GROUPS = 32  # gloo never ends the network threads of a process group that is gone, and some of them spin
 
@@ -69,8 +67,12 @@ def overrides(request: pytest.FixtureRequest) -> Overrides:
     return request.config.stash[OVERRIDES]
 
 
+def pytest_collection() -> None:
+    gc.disable()  # what all files import is no garbage
+
+
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what they have imported is no garbage
+    gc.freeze()
     gc.enable()
 
 
@@ -90,8 +92,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def serve(rank: int, pipe: Any) -> None:
     """One rank: run the functions that come through the pipe, each inside a process group of its own."""
-    gc.freeze()
-    gc.enable()  # off until here, as this file is imported
     torch.set_num_threads(1)
     runtime_ranks.tune_process()
     while (task := pipe.recv()) is not None:

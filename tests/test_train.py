@@ -109,7 +109,7 @@ class Lab:
     ) -> subprocess.Popen:
         """`before` the interpreter: nohup; options of torchrun; instead of train.py another script.
 
-        `warm`: ranks that are forks of a warm.py, for tests that are not about torchrun.
+        `warm`: with warm.py instead of torchrun, for tests that are about neither it nor a start.
         """
         if ranks > 1:
             module = (warm_torchrun.__file__, *warm_torchrun.OPTIONS) if warm else ("-m", "torch.distributed.run")
@@ -143,8 +143,8 @@ class Lab:
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
-    def run_to_end(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess:
-        result = self.run(*arguments, **{"warm": True} | options)
+    def run_to_end(self, *arguments: object, warm: bool = True, **options: Any) -> subprocess.CompletedProcess:
+        result = self.run(*arguments, warm=warm, **options)
         assert result.returncode == 0, result.stderr
         return result
 
