@@ -4,9 +4,9 @@ The mesh always has three axes, also when some have size 1, so no code asks whet
 with dp_replicate = 1 and tp = 2, on one node (HSDP, dp_replicate > 1, adds such sheets, one per replica):
 
                     tp 0      tp 1
-    dp_shard 0    rank 0    rank 1     TP peers, a row: the same rows of tokens, different slices of every matrix. They
-    dp_shard 1    rank 2    rank 3     talk several times in every block, so they are neighbours in one node.
-    dp_shard 2    rank 4    rank 5     DP peers, a column: different rows of tokens. Each keeps 1/dp_shard of its slice
+    dp_shard 0    rank 0    rank 1     TP peers, side by side: the same rows of tokens, different slices of a matrix.
+    dp_shard 1    rank 2    rank 3     They talk several times in every block, so they are neighbours in one node.
+    dp_shard 2    rank 4    rank 5     DP peers, one below the other: different rows. Each keeps 1/dp_shard of its slice
     dp_shard 3    rank 6    rank 7     and gathers the others' just before a block runs (FSDP).
 
 Ranks talk in three ways. An all-gather gives each rank the slices of all; a reduce-scatter adds up what the ranks have

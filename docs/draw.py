@@ -286,10 +286,8 @@ def draw_grid(cells: list[Cell], path: Path) -> Figure:
         )
     ):
         page.text(5.75, 2.85 + 0.19 * i, line, 8.5)
-    page.text(
-        0.15, 3.85, "TP peers, a row of the grid: the same rows of tokens, each with its own half of every matrix."
-    )
-    page.text(0.15, 4.07, "DP peers, a column: other rows of tokens, each with a quarter of the same half.")
+    page.text(0.15, 3.85, "TP peers, side by side: the same rows of tokens, each with its own half of every matrix.")
+    page.text(0.15, 4.07, "DP peers, one below the other: other rows, each with a quarter of the same half.")
     page.text(
         0.15, 4.29, "A step's rows are dealt two at a time; four dp ranks take eight, so 16 rows are two micro-steps."
     )
