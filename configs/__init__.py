@@ -311,7 +311,7 @@ def load(
     config.run.dir = run_dir(good, path)
     tp = config.parallel.tp
     if tp == "auto":
-        tp = smallest_tp(config, world, local_world) if on_gpus else largest_tp(config, world, local_world)
+        tp = automatic_tp(config, world, local_world, on_gpus)
     config.parallel.tp = tp
     broken = [*model_rules(config, good)]
     if is_here and not broken:  # else there may be no such model
@@ -369,12 +369,6 @@ def bounds_of(name: str) -> tuple[tuple[str, float], ...]:
     return HINTS[name].__metadata__[1:]
 
 
-def interval(bounds: tuple[tuple[str, float], ...]) -> str:
-    """As in "[0, 1)"."""
-    (lower, low), (upper, high) = bounds
-    return f"{'[' if lower == '>=' else '('}{low}, {high}{']' if upper == '<=' else ')'}"
-
-
 def check_value(name: str, value: Any) -> Any:
     """The value, by the type and the bounds of its field, or ValueError. A word in a number's place has no bounds."""
     if name not in HINTS:
@@ -386,8 +380,7 @@ def check_value(name: str, value: Any) -> Any:
     for number in value if isinstance(value, list | tuple) else [value]:
         for sign, limit in bounds if type(number) in (int, float) else ():
             if not HOLDS[sign](number, limit):
-                broken = f"{BROKEN[sign]} {limit}" if len(bounds) == 1 else f"is outside {interval(bounds)}"
-                raise ValueError(f"{name}={number} {broken}")
+                raise ValueError(f"{name}={number} {BROKEN[sign]} {limit}")
     return value
 
 
@@ -562,24 +555,18 @@ def divided_by_tp(config: Config) -> dict[str, int]:
     }
 
 
-def smallest_tp(config: Config, world: int, local_world: int) -> int:
-    """What "auto" stands for on GPUs: the smallest divisor of a node's that passes every rule.
+def automatic_tp(config: Config, world: int, local_world: int, on_gpus: bool) -> int:
+    """What "auto" stands for, of the divisors of a node's ranks that pass every rule.
 
-    TP's collectives stand in the way of compute, FSDP's run beside it (docs/mesh.md). Whether it fits, `explain.py
-    --gpu=...` says.
+    On GPUs the smallest: TP's collectives stand in the way of compute, FSDP's run beside it (docs/mesh.md). Whether it
+    fits, `explain.py --gpu=...` says. On CPUs the largest; on a single node of 4 ranks or more at most half of them, so
+    that the mesh is 2-D, as it is there to be tried.
     """
-    works = (tp for tp in divisors(local_world) if not mesh_errors(config, tp, world))
-    return next((tp for tp in works if not batch_errors(config.train, world // tp)), 1)
-
-
-def largest_tp(config: Config, world: int, local_world: int) -> int:
-    """What "auto" stands for on CPUs: the largest divisor of the node's ranks that passes every rule.
-
-    On a single node of 4 ranks or more at most half of them, so that the mesh is 2-D, as it is there to be tried.
-    """
+    works = [tp for tp in divisors(local_world) if not mesh_errors(config, tp, world)]
+    if on_gpus:
+        return next((tp for tp in works if not batch_errors(config.train, world // tp)), 1)
     most = local_world // 2 if world == local_world >= 4 else local_world
-    candidates = [tp for tp in divisors(local_world) if tp <= most]
-    return max((tp for tp in candidates if not mesh_errors(config, tp, world)), default=1)
+    return max((tp for tp in works if tp <= most), default=1)
 
 
 def mesh_errors(config: Config, tp: int, world: int) -> list[str]:
@@ -612,9 +599,7 @@ def help_text() -> str:
         section, meaning, bounds = name.split(".")[0], HINTS[name].__metadata__[0], bounds_of(name)
         if (heading := f"[{section}]") not in lines:
             lines += ["", heading]
-        takes = type_name(HINTS[name])
-        if bounds:
-            takes += f", in {interval(bounds)}" if len(bounds) == 2 else f", {bounds[0][0]} {bounds[0][1]}"
+        takes = ", ".join([type_name(HINTS[name]), *(f"{sign} {limit}" for sign, limit in bounds)])
         lines.append(f"  --{name}={json.dumps(default)}  ({takes})")
         lines += textwrap.wrap(meaning, 112, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from corpus import stream
 from corpus.cache import cache_key
 from corpus.config import DataConfig
-from corpus.sources import check_not_empty, errors_name_validation, stream_files, validation_config
+from corpus.sources import check_not_empty, errors_name_validation, holds_out_training, stream_files, validation_config
 from corpus.tokenizer import SpecialTokens, load_tokenizer, special_tokens, vocabulary_size
 from corpus.tokens import TokenFiles, cut, tokenize
 from data import Source
@@ -108,10 +108,7 @@ def tokenize_all(config: DataConfig, tokenizer: Tokenizer, show_progress: bool =
         with errors_name_validation():
             paths.append(tokenize(validation, tokenizer, show_progress))
         if paths[0] == paths[1]:
-            raise UserError(
-                f"data.val_dataset={config.val_dataset!r}, data.val_subset={config.val_subset!r} and data.val_split="
-                f"{config.val_split!r} name the training documents: name others, or none and set data.val_fraction"
-            )
+            raise holds_out_training(config)
     return paths
 
 

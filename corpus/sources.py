@@ -118,6 +118,12 @@ def errors_name_validation() -> Iterator[None]:
         raise UserError(f"the validation set that data.val_* name: {error}") from error
 
 
+def holds_out_training(config: DataConfig) -> UserError:
+    named = f"data.val_dataset={config.val_dataset!r}, data.val_subset={config.val_subset!r} and data.val_split="
+    remedy = "name others, or none and set data.val_fraction"
+    return UserError(f"{named}{config.val_split!r} name training documents: {remedy}")
+
+
 def check_not_empty(config: DataConfig, documents: int) -> None:
     if documents == 0:
         raise UserError(f"data.dataset={config.dataset!r} holds no documents: name one with at least one document")

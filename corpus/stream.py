@@ -331,10 +331,7 @@ def prepare(
     with sources.errors_name_validation():
         if set(addresses).isdisjoint(sources.source_of(validation).files(validation)):
             return folder, versions, tokenize(validation, tokenizer, show_progress)
-    raise UserError(
-        f"data.val_dataset={config.val_dataset!r} and data.val_split={config.val_split!r} name files of the "
-        "training documents: name others, or none and set data.val_fraction"
-    )
+    raise sources.holds_out_training(config)
 
 
 def names_of(addresses: list[str]) -> list[list[str]]:

@@ -22,6 +22,7 @@ OTHERS = {
 FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 PLAIN: dict[str, Any] = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "quantization_config": None}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+KNOWN = {*SIZES, *OTHERS, *FIXED, "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling"}
 # What the command line may change, as no weight's shape depends on it
 FREE = [f"model.{key}" for key in (*OTHERS, "rope_theta", "rope_scaling") if key != "tie_word_embeddings"]
 
@@ -97,7 +98,15 @@ def tokenizer_keys(name: str) -> dict[str, Any]:
 
 
 def config_json(model: ModelConfig, dtype: str, ids: dict[str, int]) -> dict[str, Any]:
-    """What `transformers` 5 reads, and 4: rope_theta, rope_scaling and torch_dtype are its names for the same."""
+    """What `transformers` 5 reads, and 4: rope_theta, rope_scaling and torch_dtype are its names for the same.
+
+    Raises UserError for a key that it would pass over in silence, and with it compute something else.
+    """
+    off = vars(type(model)())
+    own = [f"model.{key}={value!r}" for key, value in vars(model).items() if key not in KNOWN and value != off[key]]
+    if own:
+        remedy = "if they change no logits, or a model class there has them, add them to KNOWN in huggingface/config.py"
+        raise UserError(f"transformers' Llama has no {', '.join(own)}, and would compute without: {remedy}")
     ours = {key: value for key, value in vars(model).items() if key != "rope_scaling"}
     parameters = {"rope_type": "default", **model.rope_scaling, "rope_theta": model.rope_theta}
     now = {"architectures": ["LlamaForCausalLM"], "rope_parameters": parameters, "dtype": dtype}

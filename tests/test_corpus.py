@@ -715,7 +715,7 @@ def test_the_fingerprint_tells_one_validation_set_from_another_and_from_none(tmp
     ("changes", "message"),
     [
         ({"val_dataset": "nope.jsonl"}, r"validation set that data.val_\* name: data.dataset='nope.jsonl' cannot be"),
-        ({"val_dataset": "{folder}/a.jsonl"}, "name the training documents"),
+        ({"val_dataset": "{folder}/a.jsonl"}, "name training documents"),
         ({"val_split": "test"}, r"validation set .* name: data.split='test' with .*a.jsonl', which has no splits"),
         ({"val_subset": "part"}, r"validation set .* name: data.subset='part' with .*, which has no subsets"),
         ({"val_dataset": "{folder}/b.jsonl", "val_split": "test"}, "data.split='test' with .*b.jsonl', which has no"),

@@ -118,6 +118,33 @@ def test_the_usual_mistake_is_caught_by_the_law_that_the_page_names(heading, tmp
     assert f"Law {which[-1]}" in words
 
 
+EXPORTED = """
+import sys
+import configs
+from huggingface.config import config_json
+from runtime.ranks import UserError
+
+try:
+    print(config_json(configs.load(sys.argv[1:]).model, "float32", {})["hidden_act"])
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("heading", [heading for heading, (_, keys) in RECIPES.items() if keys[0][:6] == "model."])
+def test_export_refuses_a_key_that_transformers_would_pass_over(heading, tmp_path):
+    keys = RECIPES[heading][1]
+    command = [sys.executable, "-c", EXPORTED, *(f"--{key}" for key in keys)]
+    code = copy_with(DIFFS[heading], tmp_path / "fork")
+    ran = subprocess.run(command, cwd=code, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    if heading == "An activation":
+        assert ran.stdout == "gelu\n"
+    else:
+        assert ran.stdout.startswith("transformers' Llama has no ")
+        assert all(key.partition("=")[0] in ran.stdout for key in keys)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The data format
 

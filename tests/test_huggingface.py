@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from corpus.tokenizer import special_tokens, without_rules
 from generate import load_run
 from huggingface import config as pretrained
 from huggingface import weights
-from model import IGNORE_INDEX, Llama
+from model import IGNORE_INDEX, Llama, ModelConfig
 from runtime.ranks import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -285,6 +286,19 @@ def test_heads_that_transformers_refuses_are_refused_before(runs, tmp_path):
     run_dir, _ = runs(**dotted({"hidden_size": 44, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}))
     with pytest.raises(UserError, match=r"hidden_size=44 is not divisible by model.num_attention_heads=6"):
         export.export(run_dir, tmp_path / "out", None, "float32", 4)
+
+
+def test_a_key_of_a_fork_is_refused_unless_it_is_off():
+    """transformers would pass over it in silence, and compute something else."""
+
+    @dataclass
+    class Fork(ModelConfig):
+        window: int = 0
+        kinds: list[str] = field(default_factory=list)
+
+    pretrained.config_json(Fork(vocab_size=64), "float32", {})
+    with pytest.raises(UserError, match=r"has no model.window=8, model.kinds=\['a'\], and would compute without"):
+        pretrained.config_json(Fork(window=8, kinds=["a"]), "float32", {})
 
 
 MEMORY = """

@@ -577,7 +577,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, name, con
         ({"dataset": "nope*.jsonl"}, r"cannot be loaded"),
         ({"split": "test"}, "data.split='test' is not one of train"),
         ({"dataset": "{folder}/table"}, r"data.streaming=true reads .txt.*a.csv: set it to false"),
-        ({"val_dataset": "{folder}/corpus/5.jsonl"}, "name files of the training documents"),
+        ({"val_dataset": "{folder}/corpus/5.jsonl"}, "name training documents"),
         ({"val_fraction": 0.5}, "data.val_fraction=0.5 of 0 documents"),
         (
             {"dataset": "{folder}/corpus/1.jsonl", "global_batch_size": 99},
