@@ -363,6 +363,8 @@ def gradient_square(model: nn.Module) -> Tensor:
     dp_replicate) counts once: it is divided by the number of copies, which is ranks / slices.
     """
     gradients = [parameter.grad for parameter in model.parameters()]
+    if unused := [name for name, parameter in model.named_parameters() if parameter.grad is None]:
+        raise RuntimeError(f"no gradient has reached {', '.join(unused)}: every rank must use every parameter")
     slices = [
         math.prod(g.device_mesh.size(axis) for axis, p in enumerate(g.placements) if not p.is_replicate())
         for g in gradients

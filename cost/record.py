@@ -135,6 +135,7 @@ class Recorder(Tape):
         if moment == "starts":  # FSDP has gathered the module's own parameters, but not yet those of blocks inside it
             own = [parameter for key, parameter in module.named_parameters() if name or not key.startswith(LAYERS)]
             self.gathered[name] = nbytes(own)
+        inputs = inputs or (torch.empty(()),)  # of a module that only hands out its parameter
         tensor, style = inputs[0] if output is None else output, self.styles.get(name)
         # A plain tensor is what the module's style takes it for, or else what the module was that it comes from.
         declared = {"arrives": "input_layouts", "leaves": "output_layouts"}.get(moment, "")

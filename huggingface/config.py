@@ -79,7 +79,7 @@ def model_keys(name: str) -> dict[str, Any]:
         raise UserError("\n  ".join([f"checkpoint.init_from={name} is not this Llama:", *wrong]))
     heads = raw["num_attention_heads"]
     found = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, **OTHERS}
-    found |= {key: raw[key] for key in found if key in raw}
+    found |= {key: raw[key] for key in found | vars(ModelConfig()) if key in raw}  # also what a fork has added
     return sizes | found | {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else {}}
 
 

@@ -200,6 +200,8 @@ def test_law_1_the_mesh_does_not_change_the_result(runs, overrides):
         for key in theirs.keys() & {"loss", "grad_norm", "val_loss"}:
             assert ours[key] == pytest.approx(theirs[key], rel=tolerance), f"step {theirs['step']}, {key}"
         assert ours.get("tokens") == theirs.get("tokens")
+    validated = [line["val_loss"] for line in alone if "val_loss" in line]
+    assert validated == sorted(set(validated), reverse=True), "nothing was learned, so that nothing was compared"
 
 
 def test_law_2_stopping_does_not_change_the_result(runs):

@@ -424,6 +424,30 @@ def with_numbers():
     return mock.patch.object(model_module, "Block", NumberedBlock)
 
 
+class Bare(torch.nn.Module):
+    """A parameter that a plan can name. It is called without an input."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(size))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class ScaledBlock(model_module.Block):
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        self.scale = Bare(config.hidden_size)
+
+    def forward(self, *inputs) -> torch.Tensor:
+        return super().forward(*inputs) * self.scale()
+
+
+def with_a_bare_parameter():
+    return mock.patch.object(model_module, "Block", ScaledBlock)
+
+
 def apply_tp_but_once(model: Llama, mesh: parallel.DeviceMesh) -> None:
     """The second block's feed-forward is whole on every tp rank: another layout."""
     real_apply_tp(model, mesh)
@@ -494,6 +518,13 @@ def test_blocks_that_differ_in_their_shapes_are_counted_each_by_itself(explained
     }
     wide, narrow = gathers["model.layers.2 (FSDP)"], gathers["model.layers.0 (FSDP)"]
     assert (narrow.count, wide.count, wide.nbytes - narrow.nbytes) == (2 * 2, 2, 2 * more)
+
+
+def test_a_module_without_an_input_is_shown(explained, arguments_of):
+    report, text = explained(arguments_of({}), 2, with_a_bare_parameter)
+    hidden = report.config.model.hidden_size
+    assert report.weights["model.layers.0.scale"][1:] == [(hidden,), "R, S(0)", (hidden // 2,)]
+    assert ["scale", "()", "-", "()", "-", f"({hidden},)", "-"] in [line.split() for line in text.splitlines()]
 
 
 def test_blocks_that_differ_in_their_layout_are_shown_apart(explained, arguments_of):

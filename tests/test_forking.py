@@ -20,6 +20,7 @@ RECIPES = {  # the laws that matter most for each, and the keys that it is tried
     "A schedule": ("law_2", ["optim.decay_share=0.5"]),
     "A projection in the plan": ("law_1", ["model.attention_gate=true"]),
     "A parameter in a block": ("law_1", ["model.qk_norm=true"]),
+    "A number for each head": ("law_1", ["model.head_scale=true"]),
     "A norm": ("law_1", ["model.norm=LayerNorm"]),
     "An attention mask": ("law_1", ["model.window=8", "model.global_every=2"]),
     "A feed-forward with experts": ("law_1", ["model.experts=4", "model.top_k=2"]),
@@ -36,12 +37,19 @@ TAKEN_FOR_WHOLE = """class TakenForWhole(SequenceParallel):
 
 
 class ReplicatedLinear(ParallelStyle):"""
+FIRST_NUMBERS = """        module.forward = lambda y: y * module.weight.to_local()[: y.size(1)].view(-1, 1, 1)
+        return distribute_module(module, device_mesh)"""
 MISTAKES = {  # what is replaced in parallel.py, the law that sees it, and what it says
     "A parameter in a block": (
         {
             "class ReplicatedLinear(ParallelStyle):": TAKEN_FOR_WHOLE,
             "SequenceParallel(use_local_output=True) for": "TakenForWhole() for",
         },
+        "law_1",
+        "step 1, grad_norm",
+    ),
+    "A number for each head": (
+        {"        return distribute_module(module, device_mesh, self._cut, self._arrive, self._leave)": FIRST_NUMBERS},
         "law_1",
         "step 1, grad_norm",
     ),

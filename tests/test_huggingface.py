@@ -1,6 +1,7 @@
 """Weights in Hugging Face's format, both ways: export.py against `transformers`, and `checkpoint.init_from`."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -288,17 +289,25 @@ def test_heads_that_transformers_refuses_are_refused_before(runs, tmp_path):
         export.export(run_dir, tmp_path / "out", None, "float32", 4)
 
 
+@dataclass
+class Fork(ModelConfig):
+    window: int = 0
+    kinds: list[str] = field(default_factory=list)
+
+
 def test_a_key_of_a_fork_is_refused_unless_it_is_off():
     """transformers would pass over it in silence, and compute something else."""
-
-    @dataclass
-    class Fork(ModelConfig):
-        window: int = 0
-        kinds: list[str] = field(default_factory=list)
-
     pretrained.config_json(Fork(vocab_size=64), "float32", {})
     with pytest.raises(UserError, match=r"has no model.window=8, model.kinds=\['a'\], and would compute without"):
         pretrained.config_json(Fork(window=8, kinds=["a"]), "float32", {})
+
+
+def test_a_key_that_a_fork_exports_is_taken_over_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "KNOWN", pretrained.KNOWN | {"window"})
+    model = Fork(**dataclasses.asdict(make_config()), window=8)
+    (tmp_path / "config.json").write_text(json.dumps(pretrained.config_json(model, "float32", {})))
+    monkeypatch.setattr(pretrained, "ModelConfig", Fork)
+    assert pretrained.model_keys(str(tmp_path)) == dataclasses.asdict(model)
 
 
 MEMORY = """

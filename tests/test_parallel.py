@@ -181,6 +181,24 @@ def test_a_forgotten_line_of_a_plan_is_an_error_that_names_the_parameters(ranks,
         assert [word.strip(",:") for word in said.split() if word.strip(",:").endswith(".weight")] == left_out
 
 
+def said_of_an_unused_parameter() -> str:
+    model, mesh = build(ParallelConfig(tp=2))
+    tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+    last = model.model.layers[-1].mlp
+    with parallel.loss_context(mesh), mock.patch.object(last, "forward", lambda _: 0):
+        model(tokens, tokens).backward()
+    with pytest.raises(RuntimeError) as caught:
+        parallel.gradient_square(model)
+    return str(caught.value)
+
+
+def test_a_parameter_that_no_gradient_reaches_is_named(ranks):
+    names = ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    unused = ", ".join(f"model.layers.1.{name}.weight" for name in names)
+    for said in ranks(2, said_of_an_unused_parameter):
+        assert said.startswith(f"no gradient has reached {unused}: ")
+
+
 class OwnShare(parallel.ReplicatedLinear):
     """Each rank goes on with its share of the output features."""
 
