@@ -362,14 +362,14 @@ def gradient_square(model: nn.Module) -> Tensor:
     A rank adds the squares of its own slices. What is copied on several ranks (norms over tp, everything over
     dp_replicate) counts once: it is divided by the number of copies, which is ranks / slices.
     """
-    gradients = [parameter.grad for parameter in model.parameters()]
-    if unused := [name for name, parameter in model.named_parameters() if parameter.grad is None]:
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if unused := [name for name, gradient in gradients.items() if gradient is None]:
         raise RuntimeError(f"no gradient has reached {', '.join(unused)}: every rank must use every parameter")
     slices = [
         math.prod(g.device_mesh.size(axis) for axis, p in enumerate(g.placements) if not p.is_replicate())
-        for g in gradients
+        for g in gradients.values()
     ]
-    norms = torch.stack(torch._foreach_norm([gradient.to_local() for gradient in gradients])).double()
+    norms = torch.stack(torch._foreach_norm([gradient.to_local() for gradient in gradients.values()])).double()
     weights = torch.tensor(slices, dtype=torch.float64).to(norms.device, non_blocking=True) / dist.get_world_size()
     return norms.square() @ weights
 

@@ -562,7 +562,7 @@ def automatic_tp(config: Config, world: int, local_world: int, on_gpus: bool) ->
     fits, `explain.py --gpu=...` says. On CPUs the largest; on a single node of 4 ranks or more at most half of them, so
     that the mesh is 2-D, as it is there to be tried.
     """
-    works = [tp for tp in divisors(local_world) if not mesh_errors(config, tp, world)]
+    works = (tp for tp in divisors(local_world) if not mesh_errors(config, tp, world))
     if on_gpus:
         return next((tp for tp in works if not batch_errors(config.train, world // tp)), 1)
     most = local_world // 2 if world == local_world >= 4 else local_world

@@ -119,6 +119,7 @@ def errors_name_validation() -> Iterator[None]:
 
 
 def holds_out_training(config: DataConfig) -> UserError:
+    """For a validation set that has documents, or files, of the training set."""
     named = f"data.val_dataset={config.val_dataset!r}, data.val_subset={config.val_subset!r} and data.val_split="
     remedy = "name others, or none and set data.val_fraction"
     return UserError(f"{named}{config.val_split!r} name training documents: {remedy}")

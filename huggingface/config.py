@@ -22,6 +22,7 @@ OTHERS = {
 FIXED: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 PLAIN: dict[str, Any] = {"attention_dropout": 0.0, "partial_rotary_factor": 1.0, "quantization_config": None}
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# All keys that a ModelConfig and transformers' Llama have in common
 KNOWN = {*SIZES, *OTHERS, *FIXED, "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling"}
 # What the command line may change, as no weight's shape depends on it
 FREE = [f"model.{key}" for key in (*OTHERS, "rope_theta", "rope_scaling") if key != "tie_word_embeddings"]
@@ -79,8 +80,8 @@ def model_keys(name: str) -> dict[str, Any]:
         raise UserError("\n  ".join([f"checkpoint.init_from={name} is not this Llama:", *wrong]))
     heads = raw["num_attention_heads"]
     found = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, **OTHERS}
-    found |= {key: raw[key] for key in found | vars(ModelConfig()) if key in raw}  # also what a fork has added
-    return sizes | found | {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else {}}
+    found |= {key: raw[key] for key in vars(ModelConfig()) if key in raw}  # sizes, and what a fork has added, too
+    return found | {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else {}}
 
 
 def tokenizer_names(name: str) -> list[str]:

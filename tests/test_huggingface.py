@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -289,10 +288,10 @@ def test_heads_that_transformers_refuses_are_refused_before(runs, tmp_path):
         export.export(run_dir, tmp_path / "out", None, "float32", 4)
 
 
-@dataclass
+@dataclasses.dataclass
 class Fork(ModelConfig):
     window: int = 0
-    kinds: list[str] = field(default_factory=list)
+    kinds: list[str] = dataclasses.field(default_factory=list)
 
 
 def test_a_key_of_a_fork_is_refused_unless_it_is_off():
